@@ -1,0 +1,69 @@
+"""Linear layers whose weight never trains: the backward pass needs the weight, not the input, and keeps neither.
+
+torch's linear saves its input whenever the weight may want a gradient, and pins the weight it computed with. Under ZeRO-3
+the pinned weight is the gathered copy, so every layer's full weight would stay alive until backward. Here the Parameter is
+looked up again in backward, when ZeRO-3's hooks have gathered it anew.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """y = x W^T + b for W (out, in), or x W + b for a Conv1D's W (in, out); gradient for x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool) -> Tensor:
+        ctx.weight, ctx.transposed = weight, transposed  # the Parameter itself, not its gathered tensor
+        if not transposed:
+            return F.linear(x, weight, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
+        return y.view(*x.shape[:-1], weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        weight = ctx.weight.data
+        dy = grads[0]
+        return dy.matmul(weight.t() if ctx.transposed else weight), None, None, None
+
+
+class FrozenLinear(nn.Linear):
+    """nn.Linear with a frozen weight and bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or not input.requires_grad:
+            return F.linear(input, self.weight, self.bias)
+        return _FrozenMatmul.apply(input, self.weight, self.bias, False)
+
+
+class FrozenConv1D(nn.Module):
+    """transformers' Conv1D (GPT-2; weight (in, out)) with a frozen weight and bias."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FrozenMatmul.apply(x, self.weight, self.bias, True)
+
+
+def freeze_linears(model: nn.Module) -> int:
+    """Turn every linear layer whose own parameters are all frozen into its frozen form, in place; how many there were.
+
+    Names and parameters stay as they are. Subclasses of nn.Linear are left alone: their forward is their own business.
+    Conv1D is known by its name, because this floor does not import transformers.
+    """
+    count = 0
+    for module in model.modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue
+        if type(module) is nn.Linear:
+            module.__class__ = FrozenLinear
+            count += 1
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            module.__class__ = FrozenConv1D
+            count += 1
+    return count

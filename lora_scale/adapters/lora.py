@@ -1,0 +1,114 @@
+"""LoRA layers of one process: the adapted layer, its initialisation, and putting it into a model.
+
+Knows no process group and no file. Which modules are adapted: `adapters.targets`; PEFT's names: `adapters.peft`.
+
+Arithmetic: the factors are fp32 and are cast to the activations' dtype for compute, so in fp32 outputs and gradients
+equal PEFT's bit for bit. In bf16 PEFT (autocast_adapter_dtype=True, its default) does the same under torch.autocast;
+without autocast it casts x to fp32 instead and multiplies there, which costs several times more and is not done here.
+"""
+
+import math
+from hashlib import blake2b
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_scale.adapters.dropout import DropoutContext
+from lora_scale.adapters.targets import features, select_targets
+from lora_scale.spec.config import LoraConfig
+
+_BASE = ".base_layer."
+
+
+class LoRALinear(nn.Module):
+    """y = W x + scaling * B A x with W frozen; around an nn.Linear or transformers' Conv1D.
+
+    Sizes are read here only: later the base's weight may be replaced, partitioned or gathered by hooks. The forward
+    touches `lora_A`, `lora_B` and calls `base_layer`, nothing else, because ZeRO-3 gathers exactly these around it.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        name: str,
+        *,
+        r: int,
+        lora_alpha: float,
+        use_rslora: bool = False,
+        dropout: float = 0.0,
+        context: DropoutContext | None = None,
+    ) -> None:
+        super().__init__()
+        assert dropout == 0.0 or context is not None, "dropout needs a DropoutContext"
+        self.base_layer = base_layer.requires_grad_(False)
+        self.name = name
+        self.in_features, self.out_features = features(base_layer)
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+        self.dropout = dropout
+        self.context = context
+        # fp32: bf16 loses small updates. CPU: the base may be on meta, the factors are real from the start.
+        self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, dtype=torch.float32, device="cpu"))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device="cpu"))  # (out, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        if self.context is not None and self.dropout > 0.0 and self.training:
+            x = self.context.drop(x, self.name, self.dropout)
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return y + update * self.scaling
+
+    def delta_weight(self) -> Tensor:
+        """What merging adds to the base's weight, in the weight's own layout (Conv1D: (in, out)), fp32."""
+        delta = (self.lora_B @ self.lora_A) * self.scaling
+        return delta if isinstance(self.base_layer, nn.Linear) else delta.T
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha}, dropout={self.dropout}"
+
+
+def draw_a(seed: int, name: str, r: int, in_features: int, init: Literal["kaiming", "gaussian"]) -> Tensor:
+    """The starting lora_A of module `name`: (r, in_features), fp32, CPU; a function of these arguments only."""
+    digest = blake2b(f"{seed}/{name}/lora_A".encode(), digest_size=8).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+    factor = torch.empty(r, in_features, dtype=torch.float32, device="cpu")
+    if init == "gaussian":
+        return nn.init.normal_(factor, std=1 / r, generator=generator)
+    return nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)  # nn.Linear's and PEFT's default
+
+
+def adapt(model: nn.Module, cfg: LoraConfig, seed: int, context: DropoutContext | None = None) -> dict[str, LoRALinear]:
+    """Freeze `model` and wrap the target layers in place; the wrapped layers by name, in module order.
+
+    The base may be on meta. `context` is the one the training loop sets; without it one is made if dropout needs it.
+    """
+    targets = select_targets(model, cfg)
+    if context is None and cfg.dropout > 0.0:
+        context = DropoutContext(seed)
+    model.requires_grad_(False)
+    adapted = {}
+    for name, (r, alpha) in targets.items():
+        layer = LoRALinear(
+            model.get_submodule(name),
+            name,
+            r=r,
+            lora_alpha=alpha,
+            use_rslora=cfg.use_rslora,
+            dropout=cfg.dropout,
+            context=context,
+        )
+        with torch.no_grad():
+            layer.lora_A.copy_(draw_a(seed, name, r, layer.in_features, cfg.init_A))
+        layer.train(model.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        adapted[name] = layer
+    return adapted
+
+
+def file_name(parameter_name: str) -> str:
+    """The name of a base parameter of an adapted model in the base's own files."""
+    return parameter_name.replace(_BASE, ".", 1)

@@ -1,0 +1,292 @@
+"""PEFT's adapter folder: its two files, its keys and its tensor names. The only door to them; imports no `peft`.
+
+    adapter_config.json        what is adapted and how it is scaled
+    adapter_model.safetensors  base_model.model.<module>.lora_A.weight (r, in) and ...lora_B.weight (out, r)
+
+Nothing written here names a machine, a user or a path. Files are written plainly: a caller that needs all or nothing
+wraps the folder in `storage.durable.whole_directory`.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_scale.adapters.lora import LoRALinear
+from lora_scale.adapters.targets import by_pattern, pattern_matches
+from lora_scale.spec.config import LoraConfig
+from lora_scale.spec.errors import CheckpointError, ModelError
+from lora_scale.spec.layout import ByteRange
+from lora_scale.storage.durable import write_file
+from lora_scale.storage.weights import Reader, read_safetensors, write_safetensors
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+DTYPES: dict[str, tuple[str, torch.dtype]] = {
+    "fp32": ("F32", torch.float32),
+    "bf16": ("BF16", torch.bfloat16),
+    "fp16": ("F16", torch.float16),
+}
+_PREFIX, _SUFFIX = "base_model.model.", ".weight"
+_FACTORS = (".lora_A", ".lora_B")
+_TORCH_DTYPES = dict(DTYPES.values())
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_READ = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+_NEUTRAL = (
+    # Which modules are adapted is read from the tensors' names.
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type", "auto_mapping"),
+    # Settings of variants; the key that would turn the variant on is not neutral.
+    *("loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
+)
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva"),  # pissa, olora, corda and loftq also change the base
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder: adapter_config.json, and the factors by parameter name (<module>.lora_A)."""
+
+    config: dict[str, Any]
+    factors: dict[str, Tensor]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(name.removesuffix(_FACTORS[0]) for name in self.factors if name.endswith(_FACTORS[0]))
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.factors[module + _FACTORS[0]].shape[0] for module in self.modules)
+
+    def lora_config(self) -> LoraConfig:
+        """The `lora` section that adapts these modules, by their full names, with the same r, scaling and dropout."""
+        rank_pattern, alpha_pattern = (
+            {
+                pattern: value
+                for pattern, value in (self.config.get(name) or {}).items()
+                if any(pattern_matches(pattern, module) for module in self.modules)
+            }
+            for name in _PATTERNS
+        )
+        return LoraConfig(
+            r=self.config["r"],
+            lora_alpha=float(self.config["lora_alpha"]),
+            dropout=self.config.get("lora_dropout") or 0.0,
+            target_modules=self.modules,
+            rank_pattern=rank_pattern,
+            alpha_pattern={pattern: float(alpha) for pattern, alpha in alpha_pattern.items()},
+            use_rslora=bool(self.config.get("use_rslora")),
+            init_A="gaussian" if self.config.get("init_lora_weights") == "gaussian" else "kaiming",
+        )
+
+
+def key(parameter: str) -> str:
+    """PEFT's name in files of the factor `<module>.lora_A` or `<module>.lora_B`."""
+    assert parameter.endswith(_FACTORS), parameter
+    return f"{_PREFIX}{parameter}{_SUFFIX}"
+
+
+def adapter_config(
+    model: nn.Module, adapted: Mapping[str, LoRALinear], cfg: LoraConfig, base_name: str
+) -> dict[str, Any]:
+    """The content of adapter_config.json for a model after `adapt`; PEFT adapts exactly the same modules by it."""
+    modules = [name for name, _ in model.named_modules() if not name.endswith(".base_layer")]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "inference_mode": True,
+        "r": cfg.r,
+        "lora_alpha": _short(cfg.lora_alpha),
+        "lora_dropout": cfg.dropout,
+        "target_modules": exact_suffixes(modules, adapted),
+        "exclude_modules": None,
+        "rank_pattern": dict(cfg.rank_pattern),
+        "alpha_pattern": {pattern: _short(alpha) for pattern, alpha in cfg.alpha_pattern.items()},
+        "use_rslora": cfg.use_rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": any(not isinstance(layer.base_layer, nn.Linear) for layer in adapted.values()),
+        "init_lora_weights": "gaussian" if cfg.init_A == "gaussian" else True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def exact_suffixes(modules: Iterable[str], chosen: Iterable[str]) -> list[str] | str:
+    """The shortest ends of names, at a dot, that PEFT's rule matches to `chosen` and to no other of `modules`.
+
+    Where a whole name is the end of another module's, no list is exact, and this is a regular expression.
+    """
+    chosen = list(chosen)
+    everywhere = Counter(end for name in modules for end in _ends(name))
+    wanted = Counter(end for name in chosen for end in _ends(name))
+    ends = [next((end for end in _ends(name) if everywhere[end] == wanted[end]), None) for name in chosen]
+    if None in ends:
+        return "|".join(re.escape(name) for name in chosen)
+    return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+def _ends(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in reversed(range(len(parts))))
+
+
+def _short(alpha: float) -> int | float:
+    """PEFT declares alpha an integer; 16.0 is written as 16."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    write_file(folder / CONFIG_FILE, [(json.dumps(config, indent=2, sort_keys=True) + "\n").encode()])
+
+
+def write_adapter(
+    folder: Path,
+    factors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+) -> None:
+    """Both files into an existing folder; `factors` by parameter name. A value that `dtype` cannot hold is an error."""
+    stored, target = DTYPES[dtype]
+    specs = [(key(name), stored, tuple(factor.shape)) for name, factor in factors.items()]
+    write_safetensors(folder / WEIGHTS_FILE, specs, _bytes(factors, dtype, target), {"format": "pt"})
+    write_config(folder, config)
+
+
+def _bytes(factors: Mapping[str, Tensor], dtype: str, target: torch.dtype) -> Iterator[memoryview]:
+    for name, factor in factors.items():
+        cast = factor.detach().to("cpu", target).contiguous()
+        if not cast.isfinite().all():
+            why = f"is too large for {dtype}; write fp32 or bf16" if factor.isfinite().all() else "is not finite"
+            raise CheckpointError(f"{name} holds a value that {why}")
+        yield cast.view(-1).view(torch.uint8).numpy().data
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """An adapter that we or PEFT wrote, factors on the CPU in the files' dtype; CheckpointError says what is amiss."""
+    config = _read_config(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickle = folder / "adapter_model.bin"
+        way_out = f"; {pickle.name} is a pickle and is not read: save it with safe_serialization=True"
+        raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}{way_out if pickle.is_file() else ''}")
+    try:
+        entries, _ = read_safetensors(path)
+        factors = {}
+        with Reader() as reader:
+            for stored, entry in entries.items():
+                name = _parameter(path, stored)
+                if entry.dtype not in _TORCH_DTYPES:
+                    raise CheckpointError(f"{path}: {stored} is {entry.dtype}; only F32, BF16 and F16 are read")
+                factor = torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
+                whole = ByteRange(entry.file, entry.offset, entry.nbytes, entry.dtype)
+                reader.read_into(whole, factor.view(-1).view(torch.uint8).numpy().data)
+                if not factor.isfinite().all():
+                    raise CheckpointError(f"{path}: {stored} holds a value that is not finite; use another checkpoint")
+                factors[name] = factor
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+    _check_pairs(path, config, factors)
+    return Adapter(config, factors)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    for name, value in config.items():
+        plain = value in _ALLOWED[name] if name in _ALLOWED else name in (*_READ, *_NEUTRAL) or not value
+        if not plain:
+            raise CheckpointError(f"{path}: {name} is {value!r}; such an adapter is not read here, only plain LoRA")
+    _check_number(path, "r", config.get("r"), int)
+    _check_number(path, "lora_alpha", config.get("lora_alpha"), int | float)
+    for name, kind in zip(_PATTERNS, (int, int | float), strict=True):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{path}: {name} is {patterns!r}; it must be a JSON object")
+        for pattern, value in patterns.items():
+            _check_number(path, f"{name}[{pattern!r}]", value, kind)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CheckpointError(f"{path}: {name} has {pattern!r}, no regular expression: {error}") from None
+    return config
+
+
+def _check_number(path: Path, name: str, value: Any, kind: type | UnionType) -> None:
+    if not isinstance(value, kind) or not 0 < value < math.inf:
+        raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive number")
+
+
+def _parameter(path: Path, stored: str) -> str:
+    name = stored.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    if not name.endswith(_FACTORS) or f"{_PREFIX}{name}{_SUFFIX}" != stored:
+        raise CheckpointError(
+            f"{path}: {stored} is no factor of a linear layer's LoRA; such an adapter is not read here"
+        )
+    return name
+
+
+def _check_pairs(path: Path, config: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:
+    if not factors:
+        raise CheckpointError(f"{path} holds no tensors")
+    for name, factor in factors.items():
+        module = name[: -len(_FACTORS[0])]
+        other = module + _FACTORS[name.endswith(_FACTORS[0])]
+        if other not in factors:
+            raise CheckpointError(f"{path}: {key(name)} is there but {key(other)} is not")
+        r = by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+        dim = 0 if name.endswith(_FACTORS[0]) else 1
+        if factor.ndim != 2 or factor.shape[dim] != r:
+            raise CheckpointError(
+                f"{path}: {key(name)} has shape {tuple(factor.shape)}, but {CONFIG_FILE} gives {module} r = {r}"
+            )
+
+
+def load_factors(adapted: Mapping[str, LoRALinear], adapter: Adapter) -> None:
+    """Copy an adapter into a model; its modules and shapes must be the model's, all of them."""
+    missing = sorted(adapted.keys() - set(adapter.modules))
+    unexpected = sorted(set(adapter.modules) - adapted.keys())
+    for names, what in ((missing, "lacks"), (unexpected, "has factors for what is no adapted layer here:")):
+        if names:
+            counts = f"{len(missing)} missing, {len(unexpected)} unexpected of {len(adapted)}"
+            raise CheckpointError(f"the adapter {what} {names[0]} ({counts})")
+    for module, layer in adapted.items():
+        for suffix, parameter in zip(_FACTORS, (layer.lora_A, layer.lora_B), strict=True):
+            factor = adapter.factors[module + suffix]
+            if factor.shape != parameter.shape:
+                ours = tuple(parameter.shape)
+                raise CheckpointError(f"the adapter's {module}{suffix} is {tuple(factor.shape)}, this model's {ours}")
+            with torch.no_grad():
+                parameter.copy_(factor)
+
+
+def public_name(path: str) -> str:
+    """What to call a base model in files: its name on the hub, or the last part of its folder's name."""
+    parts = Path(path).expanduser().absolute().parts
+    cached = [part for part in parts if part.startswith("models--")]
+    if cached:  # the hub's cache: models--org--name/snapshots/<commit>
+        return cached[-1].removeprefix("models--").replace("--", "/")
+    if Path(path).expanduser().exists() or path.startswith(("/", ".", "~")):
+        return parts[-1]
+    return path

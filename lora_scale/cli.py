@@ -1,0 +1,81 @@
+"""The command line: which verbs there are, and how a mistake of the user becomes one clear line and an exit code.
+
+A verb's module is imported when that verb is chosen, so that `--help` needs nothing but click.
+"""
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+import click
+
+from lora_scale import __version__
+from lora_scale.commands.options import EXIT_CODES
+from lora_scale.spec.errors import LoraScaleError
+
+VERBS = {
+    "plan": "Say what a run needs on each GPU, before it is queued.",
+    "train": "Train the run that a config describes, or resume it.",
+    "export": "Write a checkpoint's adapter in PEFT form.",
+    "report": "Turn a run directory into a Markdown page.",
+    "doctor": "Look for what would hurt a run on this machine.",
+}
+
+
+class Verbs(click.Group):
+    """Loads `lora_scale.commands.<verb>.command` when it is called for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return import_module(f"lora_scale.commands.{cmd_name}").command if cmd_name in VERBS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            close = get_close_matches(args[0], VERBS, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"choose {', '.join(VERBS)}"
+            raise click.UsageError(f"unknown verb {args[0]}; {meant}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=Verbs, epilog=EXIT_CODES, subcommand_metavar="VERB ...", context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="lora-scale")
+@click.option("--local_rank", "--local-rank", type=int, expose_value=False, hidden=True)  # from DeepSpeed's launcher
+def verbs() -> None:
+    """LoRA fine-tuning of very large language models on a frozen, sharded base.
+
+    \b
+      lora-scale plan configs/run.yaml               will it fit?
+      lora-scale train configs/run.yaml lora.r=16    train; KEY=VALUE changes a key of the config
+      deepspeed --module lora_scale train configs/run.yaml
+      lora-scale VERB --help                         what a verb takes, with examples
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and exit. A verb returns None for 0, or raises; an unexpected exception keeps its traceback."""
+    try:
+        code = verbs.main(args=arguments, prog_name="lora-scale", standalone_mode=False)
+    except LoraScaleError as error:
+        for line in str(error).splitlines():
+            click.echo(f"lora-scale: error: {line}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        if isinstance(error, click.NoSuchOption) and "." in error.option_name:
+            click.echo("A key of the config is written without dashes: lora.r=16", err=True)
+        code = error.exit_code
+    except click.Abort as abort:
+        if not isinstance(abort.__cause__, KeyboardInterrupt):  # click answers an EOFError in the same way
+            raise
+        click.echo("lora-scale: stopped with Ctrl-C", err=True)
+        code = 130
+    sys.exit(code or 0)

@@ -1,0 +1,157 @@
+"""A training checkpoint: what trains, its moments, and a few integers. The frozen base is never gathered, copied or written.
+
+    step-000500/  adapter_model.safetensors  adapter_config.json  optimizer.safetensors  state.json      (method: lora)
+                  weights.safetensors                             optimizer.safetensors  state.json      (method: full)
+
+Values and moments are whole fp32 tensors by name, so that a checkpoint fits any number of ranks. It is written beside its
+final name, synced and renamed. Nothing in it is a pickle. The random state is not in it: dropout and data order are functions
+of (seed, step).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_scale.adapters import peft
+from lora_scale.parallel import masters
+from lora_scale.parallel.engine import Engine
+from lora_scale.parallel.world import on_every_rank, on_rank_zero
+from lora_scale.spec.configfile import differences
+from lora_scale.spec.errors import CheckpointError
+from lora_scale.spec.layout import ByteRange
+from lora_scale.storage import checkpoints
+from lora_scale.storage.durable import whole_directory, write_text_atomically
+from lora_scale.storage.weights import Reader, read_safetensors, write_safetensors
+
+WEIGHTS = {"lora": peft.WEIGHTS_FILE, "full": "weights.safetensors"}
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a run needs beside its tensors. `step` counts finished optimizer steps; with `data` it is the data position."""
+
+    step: int
+    method: str
+    seed: int
+    global_batch_size: int
+    tokens_seen: int
+    base_fingerprint: str
+    config_sha256: str
+    data: dict[str, Any]
+    lora: dict[str, Any]
+    versions: dict[str, str]
+
+
+def save(engine: Engine, state: State, folder: Path, write_extra: Callable[[Path], None], key: Callable[[str], str]) -> Path:
+    """Write `folder/step-NNNNNN` on rank 0 from all ranks' runs; collective. `key` maps a parameter's name to its name in files.
+
+    When the disk is full, say, every rank gets the error, and what was written is removed.
+    """
+    final = folder / checkpoints.directory_name(state.step)
+    found = masters.parts(engine.ds)
+    specs = [(key(p.name), "F32", p.shape) for p in found]
+    moments = [(f"{name}.{moment}", dtype, shape) for moment in masters.MOMENTS for name, dtype, shape in specs]
+
+    def values() -> Iterator[Tensor | None]:
+        yield from (tensor for _, tensor in masters.gather(engine.ds, found, masters.VALUE))
+
+    def both_moments() -> Iterator[Tensor | None]:
+        for moment in masters.MOMENTS:
+            yield from (tensor for _, tensor in masters.gather(engine.ds, found, moment))
+
+    streams = (values(), both_moments())
+    failure: Exception | None = None
+    if engine.world.is_first:
+        try:
+            with whole_directory(final) as partial:
+                write_safetensors(partial / WEIGHTS[state.method], specs, _bytes(streams[0]), {"format": "pt"})
+                write_safetensors(partial / OPTIMIZER, moments, _bytes(streams[1]), {"format": "pt"})
+                write_extra(partial)
+                write_text_atomically(partial / STATE, json.dumps(asdict(state), indent=1) + "\n")
+        except (OSError, CheckpointError) as error:
+            failure = error
+    for stream in streams:  # the other ranks give their part; rank 0 finishes what a failed write left
+        for _ in stream:
+            pass
+
+    def outcome() -> Path:
+        if failure is not None:
+            raise CheckpointError(f"{final} was not written: {failure}")
+        return final
+
+    return on_rank_zero(outcome)
+
+
+def _bytes(stream: Iterator[Tensor | None]) -> Iterator[memoryview]:
+    for tensor in stream:
+        assert tensor is not None
+        yield memoryview(tensor.contiguous().view(-1).numpy())
+
+
+def read_state(path: Path) -> State:
+    """state.json of a checkpoint folder."""
+    try:
+        return State(**json.loads((path / STATE).read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is no checkpoint of this program: it has no {STATE}") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE} is damaged ({error}); resume from an older checkpoint") from error
+
+
+def check_resumable(saved: State, now: State, path: Path) -> None:
+    """A run resumes onto the same base, method, adapter, data and global batch, or says what is different."""
+    if saved.base_fingerprint != now.base_fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on another base model ({saved.base_fingerprint[:19]}..., now {now.base_fingerprint[:19]}...); "
+            "set model.path to that base, or another run_dir to start anew"
+        )
+    changed: list[str] = []
+    for section in ("method", "seed", "global_batch_size", "lora", "data"):
+        before, after = getattr(saved, section), getattr(now, section)
+        if section == "lora" and now.method != "lora":
+            continue
+        changed += differences({section: before}, {section: after})
+    if changed:
+        raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}. Set them back, or set another run_dir")
+
+
+def restore(engine: Engine, path: Path, state: State, key: Callable[[str], str]) -> None:
+    """Read a checkpoint's tensors on every rank and put this rank's runs in place. All ranks fail together."""
+
+    def read() -> dict[str, dict[str, Tensor]]:
+        shapes = {p.name: p.shape for p in masters.parts(engine.ds)}
+        weights = _read(path / WEIGHTS[state.method], {key(name): shape for name, shape in shapes.items()})
+        wanted = {f"{key(name)}.{moment}": shape for moment in masters.MOMENTS for name, shape in shapes.items()}
+        moments = _read(path / OPTIMIZER, wanted)
+        values = {masters.VALUE: {name: weights[key(name)] for name in shapes}}
+        return values | {m: {name: moments[f"{key(name)}.{m}"] for name in shapes} for m in masters.MOMENTS}
+
+    masters.restore(engine.ds, on_every_rank(read), state.step)
+
+
+def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """All fp32 tensors of one file; the names and shapes must be exactly these."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; resume from an older checkpoint")
+    entries, _ = read_safetensors(path)
+    if entries.keys() != shapes.keys():
+        missing, extra = sorted(shapes.keys() - entries.keys()), sorted(entries.keys() - shapes.keys())
+        first = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which this run does not train"
+        raise CheckpointError(f"{path} {first} ({len(missing)} missing, {len(extra)} unexpected): lora.target_modules differ?")
+    tensors = {}
+    with Reader() as reader:
+        for name, entry in entries.items():
+            if entry.shape != shapes[name] or entry.dtype != "F32":
+                raise CheckpointError(f"{path}: {name} is {entry.dtype} {entry.shape}; this run has F32 {shapes[name]}: lora.r differs?")
+            tensor = torch.empty(entry.shape, dtype=torch.float32)
+            reader.read_into(ByteRange(entry.file, entry.offset, entry.nbytes, entry.dtype), memoryview(tensor.view(-1).numpy()))
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{path}: {name} holds a value that is not finite; resume from an older checkpoint")
+            tensors[name] = tensor
+    return tensors

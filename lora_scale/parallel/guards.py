@@ -1,0 +1,66 @@
+"""Checks that stop a run that only looks like training: nothing moves, something is not finite. On by default, cheap."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lora_scale.parallel import masters
+from lora_scale.spec.errors import TrainingError
+
+
+class LearningGuard:
+    """After the first optimizer step with a learning rate every lora_B must have had a gradient and moved; every lora_A from the
+    second such step (with B = 0 the gradient of A is exactly zero in the first). Full fine-tuning: every tensor, at the first.
+
+    A gradient shows in Adam's first moment. Experts may see no token in a step: they are listed, not refused.
+    """
+
+    def __init__(self, ds: Any):
+        self._ds = ds
+        self._parts = masters.parts(ds)
+        self._before: dict[str, Tensor] | None = {p.name: self._value(p) for p in self._parts}
+        self._steps = 0
+        self.idle_experts: tuple[str, ...] = ()
+
+    def after_step(self, number: int, lr: float, target_tokens: int) -> None:
+        """Collective while the guard is active: two steps that had a learning rate and target tokens."""
+        if self._before is None or lr == 0.0 or target_tokens == 0:
+            return
+        self._steps += 1
+        checked = [p for p in self._parts if self._steps > 1 or not p.name.endswith("lora_A")]
+        if (idle := self._idle(checked)) and (stuck := [name for name in idle if ".experts." not in name]):
+            raise TrainingError(
+                f"step {number}: {len(stuck)} of {len(checked)} trainable tensors had no gradient or did not move, "
+                f"first {stuck[0]}; the model does not train as configured"
+            )
+        self.idle_experts = tuple(idle)
+        if self._steps == 2:
+            self._before = None  # seen to work: give the copies back
+
+    def _idle(self, parts: list[masters.Part]) -> list[str]:
+        """Names of the tensors of which no rank saw a gradient and a change. One collective."""
+        optimizer = masters.torch_optimizer(self._ds)
+        assert self._before is not None
+        flags = torch.zeros(len(parts), 2, dtype=torch.int32)
+        for i, p in enumerate(parts):
+            if p.numel:
+                flags[i, 0] = int(p.view(optimizer, "exp_avg").any())
+                flags[i, 1] = int(not torch.equal(self._value(p), self._before[p.name]))
+        flags = flags.to(parts[0].parameter.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return [p.name for p, (gradient, moved) in zip(parts, flags.tolist(), strict=True) if not (gradient and moved)]
+
+    def _value(self, part: masters.Part) -> Tensor:
+        return part.view(masters.torch_optimizer(self._ds), masters.VALUE).clone()
+
+
+def check_finite(number: int, loss: float, grad_norm: float, names: str) -> None:
+    """Stop at a loss or gradient norm that is not finite, naming the step, the rank and the rows. Both are global: all ranks agree."""
+    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"step {number}: {what} is {value}; rank {dist.get_rank()} had {names}. Lower train.lr, or look at these rows"
+            )

@@ -1,0 +1,241 @@
+"""The steps before the first training step, each under its own name: data, model, engine. What they share is the config and the world."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_scale.adapters import peft
+from lora_scale.adapters.dropout import DropoutContext
+from lora_scale.adapters.frozen import freeze_linears
+from lora_scale.adapters.lora import LoRALinear, adapt
+from lora_scale.adapters.targets import fused_notes
+from lora_scale.parallel import load, recompute, zero3
+from lora_scale.parallel.checkpoint import State
+from lora_scale.parallel.engine import Engine, accumulation_steps, ds_config
+from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
+from lora_scale.spec import configfile
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.families import family
+from lora_scale.storage import dataset, hub, packing, provenance
+from lora_scale.storage.console import Console, bar
+from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
+from lora_scale.storage.packing import Batch, Blocks
+from lora_scale.storage.steps import StepPlan, eval_batches
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Training steps and validation batches of this rank."""
+
+    plan: StepPlan
+    blocks: Blocks
+    validation: list[Batch]
+    validation_blocks: Blocks | None
+    notes: list[str]
+
+    def identity(self, cfg: RunConfig) -> dict[str, Any]:
+        """What a resumed run must find again."""
+        return {"fingerprint": self.blocks.fingerprint(), "blocks": len(self.blocks), "seq_len": cfg.data.seq_len}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Counts of the whole model."""
+
+    total: int
+    trainable: int
+    active: int  # that a token meets, without the input embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run that is set up: everything the loop needs, on this rank."""
+
+    cfg: RunConfig
+    world: World
+    folder: ModelFolder
+    base_fingerprint: str
+    data: Data
+    engine: Engine
+    loaded: load.Loaded
+    parameters: Parameters
+
+    @property
+    def flops_per_token(self) -> float:
+        """4N for an adapter, 6N for full fine-tuning; N without the input embedding (spec.cost)."""
+        return (4 if self.cfg.method == "lora" else 6) * self.parameters.active
+
+    def state(self, step: int, tokens_seen: int) -> State:
+        """What a checkpoint after `step` steps says of this run."""
+        cfg = self.cfg
+        return State(
+            step=step,
+            method=cfg.method,
+            seed=cfg.seed,
+            global_batch_size=cfg.train.global_batch_size,
+            tokens_seen=tokens_seen,
+            base_fingerprint=self.base_fingerprint,
+            config_sha256=configfile.config_sha256(cfg),
+            data=self.data.identity(cfg),
+            lora=cfg.lora.model_dump(mode="json"),
+            versions=provenance.versions(),
+        )
+
+    def key(self, parameter: str) -> str:
+        """How a checkpoint names a trainable parameter."""
+        return peft.key(parameter) if self.cfg.method == "lora" else parameter
+
+    def write_adapter_config(self, folder: Path) -> None:
+        """What PEFT needs beside the tensors; nothing for full fine-tuning."""
+        if self.cfg.method == "lora":
+            base = peft.public_name(self.cfg.model.path)
+            peft.write_config(folder, peft.adapter_config(self.engine.module, adapted_layers(self.engine.module), self.cfg.lora, base))
+
+
+def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
+    """The base's headers, read by every rank, and its fingerprint, computed by the first."""
+    path = on_every_rank(lambda: hub.resolve(cfg.model))
+    folder = on_every_rank(lambda: open_folder(path, cfg.model.trust_remote_code))
+    identity = on_rank_zero(lambda: fingerprint(folder))
+    screen.line(
+        f"base     {cfg.model.path}: {folder.config.get('model_type')}, {len(folder.files)} files, "
+        f"{folder.nbytes / 1e9:.2f} GB, {identity[:19]}"
+    )
+    return folder, identity
+
+
+def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
+    """Rows to blocks to steps. Every rank reads all rows and keeps its part of each step."""
+    known = family(str(folder.config.get("model_type")))
+    if cfg.data.packing and not (known and known.packs):
+        raise ConfigError(
+            f"data.packing is true, but model type {folder.config.get('model_type')!r} is not known to keep packed documents "
+            "apart; set data.packing=false"
+        )
+    rows = dataset.read_rows(cfg.data.train, cfg.data.max_rows)
+    held_out = None
+    if isinstance(cfg.data.validation, float):
+        rows, held_out = dataset.split(rows, cfg.data.validation, cfg.seed)
+    elif cfg.data.validation is not None:
+        held_out = dataset.read_rows(cfg.data.validation, None)
+    tokenizer = dataset.tokenizer(folder.path, cfg.model.trust_remote_code)
+    vocab_size = folder.config.get("vocab_size")
+    encoded = [
+        dataset.encode(part, tokenizer, cfg.data.seq_len, cfg.data.train_on, vocab_size) for part in (rows, held_out) if part is not None
+    ]
+    blocks = [packing.pack(documents, cfg.data.packing) for documents in encoded]
+    plan = StepPlan(
+        blocks[0],
+        cfg.train.global_batch_size,
+        cfg.train.micro_batch_size,
+        world.rank,
+        world.size,
+        cfg.seed,
+        cfg.train.epochs,
+        cfg.train.max_steps,
+    )
+    validation = blocks[1] if len(blocks) > 1 else None
+    batches = eval_batches(validation, cfg.train.micro_batch_size, world.rank, world.size, cfg.eval.max_blocks) if validation else []
+    return Data(plan, blocks[0], batches, validation, encoded[0].notes())
+
+
+def build_model(cfg: RunConfig, folder: ModelFolder) -> tuple[nn.Module, DropoutContext | None, list[str]]:
+    """The model on meta with its trainable parts marked: adapters put in, or the whole base; and notes for the user."""
+    model = load.empty(folder, cfg)
+    if cfg.method == "full":
+        model.requires_grad_(True)
+        return model, None, []
+    dropout = DropoutContext(cfg.seed) if cfg.lora.dropout else None
+    notes = fused_notes(model, cfg.lora)
+    adapt(model, cfg.lora, cfg.seed, dropout)
+    freeze_linears(model)
+    return model, dropout, notes
+
+
+def start_engine(
+    cfg: RunConfig,
+    model: nn.Module,
+    dropout: DropoutContext | None,
+    folder: ModelFolder,
+    identity: str,
+    data: Data,
+    world: World,
+    screen: Console,
+) -> Job:
+    """Fill the model, every rank its own bytes, and hand it to DeepSpeed."""
+    parameters = count(model)
+    recompute.apply(model, cfg.recompute)
+    if cfg.method == "lora":  # a layer that DeepSpeed gathers as one needs an input with a gradient
+        model.enable_input_require_grads()  # type: ignore[operator]
+    layers = recompute.decoder_layers(model)
+    config = ds_config(
+        cfg,
+        accumulation_steps(cfg, world.size),
+        recompute.layer_numel(layers),
+        parameters.trainable,
+        sorted({type(layer).__name__ for layer in layers}),
+    )
+    partitioner = zero3.Partitioner(config, load.dtype_of(cfg)) if cfg.parallel.zero_stage == 3 else None
+    show = _load_bar(screen)
+    loaded = on_every_rank(lambda: load.fill(model, folder, world.device, partitioner, show))
+    model.to(world.device)  # the adapters; what was filled is there already
+    screen.line(
+        f"loaded   {loaded.nbytes / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s ({loaded.gb_per_second:.1f} GB/s); "
+        f"trains {parameters.trainable:,} of {parameters.total:,} parameters ({parameters.trainable / parameters.total:.2%})"
+    )
+    engine = Engine(model, cfg, world, config, dropout)
+    return Job(cfg, world, folder, identity, data, engine, loaded, parameters)
+
+
+def say_data(cfg: RunConfig, data: Data, world: World, screen: Console) -> None:
+    """Two lines: what there is, and how it is walked through."""
+    stats = data.blocks.stats()
+    screen.line(
+        f"data     {stats['rows']:,} rows -> {len(data.blocks):,} blocks of {cfg.data.seq_len} tokens "
+        f"({data.blocks.efficiency:.1%} full, {stats['target_tokens']:,} tokens trained)"
+    )
+    accumulation = accumulation_steps(cfg, world.size)
+    screen.line(
+        f"steps    {data.plan.total_steps:,} of {cfg.train.global_batch_size} blocks: {world.size} ranks x "
+        f"{cfg.train.micro_batch_size} a pass x {accumulation} accumulated; ZeRO-{cfg.parallel.zero_stage}, {cfg.precision}, {world.device.type}"
+    )
+
+
+def count(model: nn.Module) -> Parameters:
+    """Parameters of the model; a tied one counts once."""
+    sizes = {id(p): zero3.numel(p) for p in model.parameters()}
+    trainable = sum(sizes[id(p)] for p in model.parameters() if p.requires_grad)
+    total = sum(sizes.values())
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    tied = output is not None and output.weight is embedding
+    return Parameters(total, trainable, total - trainable - (0 if tied else zero3.numel(embedding)))
+
+
+def _load_bar(screen: Console) -> Any:
+    start = time.perf_counter()
+
+    def show(done: int, total: int) -> None:
+        seconds = max(1e-3, time.perf_counter() - start)
+        screen.live(lambda: f"loading  {bar(done, total)} {done / 1e9:.2f} of {total / 1e9:.2f} GB a rank, {done / 1e9 / seconds:.1f} GB/s")
+
+    return show
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by module name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def hardware(world: World) -> dict[str, Any]:
+    """What the run runs on, for the manifest."""
+    found: dict[str, Any] = {"device": "cpu", "ranks": world.size, "launcher": world.launcher, "threads": torch.get_num_threads()}
+    if world.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(world.device)
+        found |= {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+    return found

@@ -1,0 +1,160 @@
+"""Which rank this process is, on which device, and how ranks agree. Knows launchers' variables; knows no model and no ZeRO."""
+
+import importlib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lora_scale.spec.errors import ConfigError, LoraScaleError, TrainingError
+
+T = TypeVar("T")
+
+# launcher: the environment variables that give rank, world size, and rank on this node.
+# The first launcher whose three variables are all set is the one in use.
+LAUNCHERS = {
+    "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all. `local_rank` counts on this node and picks the GPU."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def from_environment(env: Mapping[str, str] = os.environ) -> World | None:
+    """The place a launcher gave this process, or None when no launcher started it."""
+    for launcher, names in LAUNCHERS.items():
+        if all(name in env for name in names):
+            rank, size, local_rank = (_number(env, name) for name in names)
+            if not 0 <= rank < size:
+                raise ConfigError(f"{names[0]}={rank} with {names[1]}={size}: a rank lies between 0 and the world size")
+            return World(launcher, rank, size, local_rank)
+    half = {name for names in list(LAUNCHERS.values())[:1] for name in names if name in env}
+    if half:
+        missing = sorted(set(LAUNCHERS["deepspeed or torchrun"]) - half)
+        raise ConfigError(f"{', '.join(sorted(half))} set but not {', '.join(missing)}; start with deepspeed or torchrun, or unset them")
+    return None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ConfigError(f"{name}={env[name]!r} in the environment; expected a number set by the launcher") from None
+
+
+def start(world: World | None, timeout_minutes: float) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPUs), also as the only process, and tell DeepSpeed of it.
+
+    The timeout is always given: the libraries' own default changed from 30 to 10 minutes between versions.
+    """
+    world = world or World("none", 0, 1, 0)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        if world.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {world.local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; "
+                "start as many ranks as there are GPUs"
+            )
+        torch.cuda.set_device(world.device)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    if world.launcher == "none":  # no launcher: a group of one, on a port nobody else has
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    timeout = timedelta(minutes=timeout_minutes)
+    options: dict[str, Any] = {"device_id": world.device} if on_gpu else {}
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **options)
+    deepspeed = _deepspeed()
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=timeout)
+    return world
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed without its shared-memory helper for CPUs, which compiles for 90 s and, killed midway, locks later jobs."""
+    deepspeed = importlib.import_module("deepspeed")
+    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_token() -> str:
+    """Names this launch on this node: ranks of one launch have one parent, and a parent's start time is never repeated."""
+    with open(f"/proc/{os.getppid()}/stat") as stat:
+        started = stat.read().rpartition(")")[2].split()[19]
+    return f"{os.getppid()}-{started}"
+
+
+def stop() -> None:
+    """Leave the process group. Call it on every rank that comes to a regular end: an abort at exit was seen without it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_rank_zero(fn: Callable[[], T]) -> T:
+    """Call fn on rank 0 and give every rank its result, or its exception.
+
+    A bare `if rank == 0: fn()` leaves the others waiting in the next collective until it times out, when fn raises.
+    The result travels pickled, inside the job's own process group only: keep it small.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = fn()
+        except Exception as error:
+            outcome[1] = error if _travels(error) else TrainingError(f"{type(error).__name__}: {error}")
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def on_every_rank(fn: Callable[[], T]) -> T:
+    """Call fn on every rank; when any raises, every rank raises the first rank's error, so that none is left waiting."""
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = fn()
+    except Exception as caught:
+        error = caught
+    mine = None if error is None else (error if _travels(error) else TrainingError(f"{type(error).__name__}: {error}"))
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, mine)
+    if error is not None and not isinstance(error, LoraScaleError):
+        raise error  # keep the traceback where it happened
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            raise outcome if rank == dist.get_rank() else type(outcome)(f"rank {rank}: {outcome}")
+    return result
+
+
+def _travels(error: Exception) -> bool:
+    return isinstance(error, LoraScaleError)

@@ -1,0 +1,61 @@
+"""DeepSpeed's private form of a ZeRO-3 parameter, made without a collective. The only module that knows its fields.
+
+`deepspeed.zero.Init` makes a parameter whole on every rank, broadcasts it from rank 0, and then cuts it. A checkpoint on disk
+makes all three unnecessary: a partition is one contiguous run of the flattened parameter, so a rank can read its own.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Partitioner:
+    """Turns meta parameters into ZeRO-3 parameters whose partition this rank has allocated and will fill."""
+
+    def __init__(self, ds_config: dict[str, Any], dtype: torch.dtype):
+        module = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+        swapper = importlib.import_module("deepspeed.runtime.swap_tensor.partitioned_param_swapper")
+        self._free_param = module.free_param
+        self._available = swapper.PartitionedParamStatus.AVAILABLE
+        self._init = module.Init(config_dict_or_path=ds_config, dtype=dtype)  # not entered: used as a converter only
+
+    @property
+    def rank(self) -> int:
+        return self._init.rank
+
+    @property
+    def size(self) -> int:
+        return self._init.dp_world_size
+
+    def partition_numel(self, numel: int) -> int:
+        """Elements a rank keeps of a tensor of `numel`: the last partitions are padded."""
+        return -(-numel // self.size)
+
+    def adopt(self, parameter: nn.Parameter, partition: Tensor) -> nn.Parameter:
+        """A ZeRO-3 parameter of the same shape whose partition on this rank is `partition` (flat, to be filled)."""
+        assert partition.numel() == self.partition_numel(parameter.numel())
+        # a stand-in of the right shape that holds one element: DeepSpeed records shape and size from it
+        stand_in = torch.empty(1, dtype=partition.dtype, device=self._init.local_device).expand(tuple(parameter.shape))
+        adopted = nn.Parameter(stand_in, requires_grad=parameter.requires_grad)
+        self._init._convert_to_deepspeed_param(adopted)
+        assert self._init._aligned_size(adopted) == partition.numel() * self.size
+        partition.requires_grad_(False)
+        partition.ds_numel = partition.numel()  # type: ignore[attr-defined]
+        partition.status = self._available  # type: ignore[attr-defined]
+        partition.final_location = None  # type: ignore[attr-defined]
+        adopted.ds_tensor = partition  # type: ignore[attr-defined]
+        adopted.ds_numel_aligned = partition.numel() * self.size  # type: ignore[attr-defined]
+        self._free_param(adopted)
+        return adopted
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, also where this rank holds a partition of it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where this rank holds a partition of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

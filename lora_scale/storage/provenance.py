@@ -1,0 +1,43 @@
+"""Where a result comes from: the command, the commit of this program, the versions of what it stands on. No heavy import."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import lora_scale
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic", "mpi4py")
+
+
+def versions() -> dict[str, str]:
+    """Of this program, Python, and the packages that are installed."""
+    found = {"lora-scale": lora_scale.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the source tree that this code runs from, with `+changes` when files differ from it; None for an installed package."""
+    root = Path(lora_scale.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command() -> list[str]:
+    """The command line as Python got it."""
+    return ["lora-scale", *sys.argv[1:]]
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
