@@ -1,7 +1,7 @@
-"""A small process that only saves, prunes and resumes, and a parent that kills it before, in and after every system call.
+"""A small process that only saves, prunes and resumes, and a parent that kills it around every system call.
 
-`python atomic_worker.py FOLDER KILLS SEED` prints one line of JSON, or fails at the first lie. Imports no torch, so that a
-life takes milliseconds. What a power cut leaves is another test: here every written page survives.
+`python atomic_worker.py FOLDER KILLS SEED` prints one line of JSON, or fails at the first lie. Imports no torch, so that
+a life takes milliseconds. What a power cut leaves is another test: here every written page survives.
 """
 
 import json
@@ -36,7 +36,7 @@ def save(folder: Path, step: int) -> None:
 
 
 def newest(folder: Path) -> int:
-    """The newest checkpoint's step, or 0. Every folder with a checkpoint's name must hold what was saved, to the byte."""
+    """The newest checkpoint's step, or 0. Every folder with a checkpoint's name must hold what was saved."""
     found = checkpoints.list_checkpoints(folder)
     assert not checkpoints.list_damaged(folder), checkpoints.list_damaged(folder)
     with Reader() as reader:

@@ -32,12 +32,11 @@ def test_kills(tmp_path: Path, n_kills: int) -> None:
 
 
 class Disk:
-    """What a power cut may leave of a folder: the content of synced files, the entries of synced folders, and any part of
-    the rest.
+    """What a power cut may leave of a folder: what was synced, and any part of the rest.
 
-    A folder whose entries changed since its last fsync keeps, for each name, the old entry or the new one, by chance: more
-    cruel than any journaling file system. Files and folders are known by their inode and kept open, so that no inode
-    number is used twice.
+    A folder whose entries changed since its last fsync keeps, for each name, the old entry or the new one, by chance:
+    more cruel than any journaling file system. A file that was not synced is cut anywhere. Both are known by their
+    inode and kept open, so that no inode number is used twice.
     """
 
     def __init__(self, root: Path) -> None:

@@ -1,15 +1,11 @@
 """Configs as people write them: what is read, what is refused, and in which words."""
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
-import click
 import pytest
 
 from lora_scale.cli import main
-from lora_scale.commands.options import takes_config
 from lora_scale.spec import configdoc
 from lora_scale.spec.configfile import config_sha256, differences, load, resolved_json
 from lora_scale.spec.errors import ConfigError
@@ -37,20 +33,6 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verb that only loads its config, in the place of `plan`."""
-
-    @click.command()
-    @takes_config
-    def command(config: Path, overrides: tuple[str, ...]) -> None:
-        load(config, overrides)
-
-    stand_in = ModuleType("lora_scale.commands.plan")
-    stand_in.__dict__["command"] = command
-    monkeypatch.setitem(sys.modules, "lora_scale.commands.plan", stand_in)
-
-
 WRONG_VALUES = [
     ("lora.r=0", "lora.r is 0; it must be a whole number of at least 1"),
     ("lora.r=8.0", "lora.r is 8.0; it must be a whole number of at least 1"),
@@ -63,6 +45,10 @@ WRONG_VALUES = [
     ("lora.rank_pattern={q: 0, k: true}", f"lora.rank_pattern.q is 0; {PATTERNS}"),
     ("lora.rank_pattern.layers.0.q_proj=x", f"lora.rank_pattern.layers.0.q_proj is 'x'; {PATTERNS}"),
     ("lora=[1]", f"lora is [1]; it must be a mapping of the keys {LORA_KEYS}"),
+    (
+        "lora.rank_pattern=[q]",
+        'lora.rank_pattern is ["q"]; it must be a mapping from patterns to whole numbers of at least 1',
+    ),
     ("train.lr='2e-4'", "train.lr is '2e-4'; it must be a number above 0, without quotes"),
     ("train.lr=.nan", "train.lr is nan; it must be a number above 0"),
     ("train.lr=1e999", "train.lr is inf; it must be a number above 0"),
@@ -108,7 +94,6 @@ WRONG_VALUES = [
         "unknown key parallel.tensor_parallel; keys of parallel: zero_stage, timeout_minutes",
     ),
     ("banana=1", f"unknown key banana; {ALL}"),
-    ("lora.r", "override 'lora.r' is not of the form key=value"),
     ("=3", "override '=3' is not of the form key=value"),
     ("data.validation=", "override 'data.validation=' has no value; for nothing write data.validation=null"),
     ("run_dir=@x", "override 'run_dir=@x': a text that begins with @ needs quotes"),
@@ -151,6 +136,11 @@ WRONG_FILES = {
     "large": ("#" * (1 << 20) + "\n", "{0} has 1,048,577 bytes; a config is a small YAML file"),
     "section": (SMALL + "lora: 8\n", f"lora is 8; it must be a mapping of the keys {LORA_KEYS}"),
     "foreign section": (SMALL + "optimizer:\n  lr: 1\n", "unknown key optimizer.lr; did you mean train.lr?"),
+    "dotted": (
+        SMALL + "train.lr: 2e-4\n",
+        "train.lr in one piece is for the command line; in a file lr stands below train:",
+    ),
+    "line break": (SMALL + '"a\\nb": 1\n', f"unknown key 'a\\nb'; {ALL}"),
     "number as key": (SMALL + "7: 8\n", f"unknown key 7; {ALL}"),
     "itself": (
         SMALL + "lora:\n  target_modules: &a [*a]\n",
@@ -160,7 +150,7 @@ WRONG_FILES = {
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command line says to a wrong config: one line on stderr, nothing on stdout, exit code 2."""
+    """What a verb that takes a config says to a wrong one: a line on stderr, nothing on stdout, exit code 2."""
     with pytest.raises(SystemExit) as exit:
         main(["plan", *arguments])
     out, err = capsys.readouterr()
@@ -170,13 +160,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err.removeprefix("lora-scale: error: ").rstrip("\n")
 
 
-@pytest.mark.usefixtures("checks")
 @pytest.mark.parametrize(("override", "message"), WRONG_VALUES)
 def test_wrong_values_are_named(config: Path, capsys: pytest.CaptureFixture[str], override: str, message: str) -> None:
     assert refused(capsys, str(config), override) == message
 
 
-@pytest.mark.usefixtures("checks")
 @pytest.mark.parametrize("case", WRONG_FILES)
 def test_wrong_files_are_named(config: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     text, message = WRONG_FILES[case]
@@ -184,7 +172,6 @@ def test_wrong_files_are_named(config: Path, capsys: pytest.CaptureFixture[str],
     assert refused(capsys, str(config)) == message.format(config)
 
 
-@pytest.mark.usefixtures("checks")
 def test_files_that_are_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"seed: 1 # caf\xe9\n")
@@ -223,6 +210,14 @@ def test_numbers_and_words_are_yaml_1_2(config: Path) -> None:
     assert (read.train.lr, read.train.eps, read.train.max_steps, read.train.warmup_steps) == (2e-4, 1e-3, 1000, 10)
     assert (read.model.path, read.run_dir, read.seed) == ("no-name", Path("on/12:30"), 16)
     assert read.data.packing is False and read.data.validation is None and read.lora.r == 8
+
+
+def test_overrides_into_what_is_no_mapping(config: Path) -> None:
+    config.write_text(SMALL + "lora: x\n")
+    with pytest.raises(ConfigError, match=r"^lora is 'x'; it must be a mapping of the keys r, .*init_A$"):
+        load(config, ["lora.r=4", "lora.rank_pattern.q=4"])
+    config.write_text(SMALL + "lora: {rank_pattern: x}\n")
+    assert load(config, ["lora.rank_pattern.q=4"]).lora.rank_pattern == {"q": 4}
 
 
 def test_json_with_tabs_and_a_byte_order_mark(config: Path) -> None:

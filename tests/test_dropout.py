@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_scale.adapters import dropout
 from lora_scale.adapters.dropout import DropoutContext, keep_mask
+from lora_scale.spec.errors import ConfigError
 
 BATCH, SEQUENCE, FEATURES = 2, 96, 300
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
@@ -138,6 +139,11 @@ def test_the_layout_of_the_batch_does_not_matter() -> None:
     assert torch.equal(got.flatten(0, 1), mask(filled).flatten(0, 1)[order])
 
 
+def test_a_module_may_see_the_tokens_of_a_batch_in_one_row() -> None:
+    flat = context().drop(torch.ones(BATCH * SEQUENCE, FEATURES), "a", 0.5)
+    assert torch.equal(flat.view(BATCH, SEQUENCE, FEATURES) != 0, mask(context()))
+
+
 def test_the_size_of_the_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = mask(context())
     for cells in (1, 1000, 7 * FEATURES):
@@ -145,7 +151,7 @@ def test_the_size_of_the_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(mask(context()), whole)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cpu_and_gpu_agree_bit_for_bit() -> None:
     for p in (0.05, 0.5):
         on_gpu = context(device="cuda").drop(torch.ones(BATCH, SEQUENCE, 5000, device="cuda"), "a", p) != 0
@@ -155,8 +161,10 @@ def test_cpu_and_gpu_agree_bit_for_bit() -> None:
 def test_misuse_is_caught() -> None:
     with pytest.raises(AssertionError, match="no batch"):
         DropoutContext(0).drop(torch.ones(1, 1, 1), "a", 0.5)
-    with pytest.raises(AssertionError, match="a: "):
-        context().drop(torch.ones(BATCH * SEQUENCE, FEATURES), "a", 0.5)
+    with pytest.raises(
+        ConfigError, match=r"a sees its tokens as \(7,\), the batch is \(2, 96\): .* set lora.dropout=0"
+    ):
+        context().drop(torch.ones(7, FEATURES), "a", 0.5)
     with pytest.raises(AttributeError):
         context().sample = torch.zeros(1)  # type: ignore[attr-defined]
 

@@ -9,7 +9,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import FAMILIES
-from tiny_models import tiny_model
+from tiny_models import TINY, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -258,6 +258,21 @@ def test_recomputation_and_ranks_see_the_same_dropout() -> None:
     for whole, (first, second) in zip(both, apart, strict=True):
         assert (first + second - whole).norm() <= 1e-5 * whole.norm()  # the same fp32 sum in another order
     assert not any(torch.equal(a, b) for a, b in zip(both, gradients(slice(0, 2), False, step=6), strict=True))
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_every_family_trains_with_dropout(model_type: str) -> None:
+    model = tiny_model(model_type)
+    context = DropoutContext(seed=1)
+    ours = adapt(model, config(dropout=0.3, target_modules=("all-linear",)), seed=0, context=context)
+    fill(ours)
+    losses = []
+    for step in (0, 0, 1):
+        context.set(step, torch.zeros_like(IDS), torch.arange(9).expand_as(IDS))
+        losses.append(loss(model))
+    assert losses[0] == losses[1] != losses[2]
+    losses[0].backward()
+    assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in ours.values())
 
 
 def test_no_dropout_in_eval_mode() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_documents import documents_of
 
@@ -18,6 +18,7 @@ def documents_in(blocks: Blocks, block: int) -> list[int]:
     return blocks.order[blocks.starts[block] : blocks.starts[block + 1]].tolist()
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, packing=st.booleans())
 def test_every_document_is_in_one_block_and_fits(lengths: list[int], packing: bool) -> None:
     blocks = pack(documents_of(lengths, SEQ_LEN), packing)
@@ -38,11 +39,13 @@ def naive_best_fit_decreasing(lengths: list[int]) -> int:
     return len(rooms)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_packing_is_best_fit_decreasing(lengths: list[int]) -> None:
     assert len(pack(documents_of(lengths, SEQ_LEN))) == naive_best_fit_decreasing(lengths)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, packing=st.booleans())
 def test_blocks_are_what_a_plain_loop_makes(lengths: list[int], packing: bool) -> None:
     documents = documents_of(lengths, SEQ_LEN)

@@ -102,11 +102,11 @@ def test_item_sizes_are_the_librarys() -> None:
 
 GOOD = {"x": row(), "y": row(offsets=(8, 16))}
 DAMAGED = {
-    "empty file": (b"", "{}: has 0 bytes, too few for a safetensors file; download it again"),
-    "five bytes": (b"\x08\0\0\0\0", "{}: has 5 bytes, too few for a safetensors file; download it again"),
+    "empty file": (b"", "{}: has 0 bytes, too few for a safetensors file; copy or download it again"),
+    "five bytes": (b"\x08\0\0\0\0", "{}: has 5 bytes, too few for a safetensors file; copy or download it again"),
     "header longer than the file": (
         (500).to_bytes(8, "little") + b"{}",
-        "{}: is truncated: its header has 500 bytes, the file has 10; download it again",
+        "{}: is truncated: its header has 500 bytes, the file has 10; copy or download it again",
     ),
     "header over the limit": (
         (1 << 40).to_bytes(8, "little") + b"{}",
@@ -185,11 +185,11 @@ DAMAGED = {
     ),
     "cut by one byte": (
         file_of(GOOD, bytes(15)),
-        "{}: is truncated: its header describes 216 bytes, the file has 215; download it again",
+        "{}: is truncated: its header describes 216 bytes, the file has 215; copy or download it again",
     ),
     "one byte too many": (
         file_of(GOOD, bytes(17)),
-        "{}: has bytes that belong to no tensor: its header describes 216 bytes, the file has 217; download it again",
+        "{}: has bytes that belong to no tensor: its header describes 216 bytes, the file has 217; copy or download it again",
     ),
 }
 
@@ -269,7 +269,7 @@ def test_missing_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_reads_the_header_and_nothing_else(tmp_path: Path) -> None:
-    """Counted by the kernel: two small reads for 4 MB of weights. The count's own reading is in it, hence the margin."""
+    """Counted by the kernel: two small reads for 4 MB of weights, and the reading of the count itself."""
     path = tmp_path / "w.safetensors"
     save_file({"x": torch.zeros(1_000_000)}, path)
     before = _rchar()

@@ -19,6 +19,7 @@ from lora_scale.spec.config import RunConfig
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage.console import Console
 from lora_scale.storage.folder import open_folder
+from lora_scale.storage.steps import StepPlan
 
 STEPS = 20
 
@@ -123,7 +124,9 @@ def reference(tree: dict[str, Any], steps: int = STEPS) -> Trace:
     from transformers import AutoModelForCausalLM
 
     cfg = RunConfig.model_validate(tree)
-    model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32, attn_implementation=cfg.model.attention)
+    model = AutoModelForCausalLM.from_pretrained(
+        cfg.model.path, dtype=torch.float32, attn_implementation=cfg.model.attention
+    )
     name_of: Callable[[str], str] = str
     if cfg.method == "lora":
         ends = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -141,7 +144,8 @@ def reference(tree: dict[str, Any], steps: int = STEPS) -> Trace:
 
 
 def _reference_steps(model: nn.Module, cfg: RunConfig, named: dict[str, nn.Parameter], steps: int) -> Trace:
-    plan = setup.read_data(cfg, open_folder(cfg.model.path), World("none", 0, 1, 0)).plan
+    blocks, _ = setup.blocks_of_run(cfg, open_folder(cfg.model.path))
+    plan = StepPlan(blocks, cfg.train.global_batch_size, 1, 0, 1, cfg.seed, cfg.train.epochs, cfg.train.max_steps)
     optimizer = torch.optim.AdamW(named.values(), lr=cfg.train.lr, weight_decay=0.0)
     trace = Trace([], [], {}, {})
     for number in range(steps):
@@ -179,7 +183,11 @@ def _documents_loss(model: nn.Module, batch: Any, block: int, targets: int) -> T
 
 
 def _our_name(peft_name: str) -> str:
-    return peft_name.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".lora_A").replace(".lora_B.default.weight", ".lora_B")
+    return (
+        peft_name.removeprefix("base_model.model.")
+        .replace(".lora_A.default.weight", ".lora_A")
+        .replace(".lora_B.default.weight", ".lora_B")
+    )
 
 
 def assert_equal(ours: Trace, theirs: Trace, tolerance: float = 1e-5) -> None:
@@ -194,5 +202,3 @@ def assert_equal(ours: Trace, theirs: Trace, tolerance: float = 1e-5) -> None:
         assert error <= tolerance, f"gradient of {name} is off by {error:.2e}"
     torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), rtol=tolerance, atol=0)
     torch.testing.assert_close(torch.tensor(ours.norms), torch.tensor(theirs.norms), rtol=5 * tolerance, atol=0)
-
-

@@ -14,6 +14,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from lora_scale.spec.errors import ConfigError
+
 _CHUNK_CELLS = 1 << 22
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # torch's int32 is signed; products wrap either way
@@ -42,10 +44,16 @@ class DropoutContext:
     def drop(self, x: Tensor, module: str, probability: float, first_feature: int = 0) -> Tensor:
         """`x` (batch, sequence, features) with zeros where the mask says so, the rest times 1 / (1 - probability).
 
-        A rank that holds features [a, b) of `x` passes first_feature=a and gets its slice of the whole result.
+        `x` may also be (batch * sequence, features). A rank that holds features [a, b) of `x` passes first_feature=a and gets its slice of the whole result.
         """
         tokens = self._tokens(module)
-        assert x.shape[:-1] == tokens.shape, f"{module}: {tuple(x.shape)} is not {tuple(tokens.shape)}"
+        if x.shape[:-1] == (tokens.numel(),):  # OPT's MLP works on (batch * sequence, features)
+            tokens = tokens.flatten()
+        if x.shape[:-1] != tokens.shape:
+            raise ConfigError(
+                f"lora.dropout is {probability}, but {module} sees its tokens as {tuple(x.shape[:-1])}, the batch is "
+                f"{tuple(tokens.shape)}: which mask belongs to which token is not known; set lora.dropout=0"
+            )
         mask = keep_mask(tokens, first_feature, x.shape[-1], probability)
         return torch.where(mask, x, 0.0) * (1.0 / (1.0 - probability))
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal
 
 import torch
@@ -218,14 +217,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         plain = value in _ALLOWED[name] if name in _ALLOWED else name in (*_READ, *_NEUTRAL) or not value
         if not plain:
             raise CheckpointError(f"{path}: {name} is {value!r}; such an adapter is not read here, only plain LoRA")
-    _check_number(path, "r", config.get("r"), int)
-    _check_number(path, "lora_alpha", config.get("lora_alpha"), int | float)
-    for name, kind in zip(_PATTERNS, (int, int | float), strict=True):
+    _check_number(path, "r", config.get("r"), (int,))
+    _check_number(path, "lora_alpha", config.get("lora_alpha"), (int, float))
+    for name, kinds in zip(_PATTERNS, ((int,), (int, float)), strict=True):
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict):
             raise CheckpointError(f"{path}: {name} is {patterns!r}; it must be a JSON object")
         for pattern, value in patterns.items():
-            _check_number(path, f"{name}[{pattern!r}]", value, kind)
+            _check_number(path, f"{name}[{pattern!r}]", value, kinds)
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -233,8 +232,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_number(path: Path, name: str, value: Any, kind: type | UnionType) -> None:
-    if not isinstance(value, kind) or not 0 < value < math.inf:
+def _check_number(path: Path, name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if type(value) not in kinds or not 0 < value < math.inf:
         raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive number")
 
 

@@ -12,7 +12,6 @@ from lora_scale.spec import families
 from lora_scale.spec.config import LoraConfig
 from lora_scale.spec.errors import ConfigError
 
-ALL_LINEAR = "all-linear"
 REGEX = "re:"
 
 Value = TypeVar("Value", int, float)
@@ -57,7 +56,7 @@ def by_pattern(patterns: Mapping[str, Value], name: str, default: Value) -> Valu
 def fused_notes(model: nn.Module, cfg: LoraConfig) -> list[str]:
     """One sentence for each projection that holds more roles than were asked for; its one update covers them all."""
     roles = families.roles(_model_type(model))
-    asked = set(roles) if ALL_LINEAR in cfg.target_modules else set(cfg.target_modules)
+    asked = set(roles) if families.ALL_LINEAR in cfg.target_modules else set(cfg.target_modules)
     notes = {}
     for role in [role for role in roles if role in asked]:
         for suffix in roles[role]:
@@ -69,7 +68,7 @@ def fused_notes(model: nn.Module, cfg: LoraConfig) -> list[str]:
 
 def _matches(model: nn.Module, modules: Mapping[str, nn.Module], entry: str) -> list[str]:
     """The linear modules that one entry of target_modules names; ConfigError if none, or if it names something else."""
-    if entry == ALL_LINEAR:
+    if entry == families.ALL_LINEAR:
         output = _output_embedding(model)  # PEFT leaves it out too
         found = [name for name, module in modules.items() if is_linear(module) and module is not output]
     elif entry.startswith(REGEX):
@@ -152,7 +151,7 @@ def _model_type(model: nn.Module) -> str:
 
 def _nothing_matches(modules: Mapping[str, nn.Module], entry: str) -> str:
     names = {name.rsplit(".", 1)[-1] for name, module in modules.items() if is_linear(module)}
-    close = difflib.get_close_matches(entry, sorted({*names, *families.ROLES, ALL_LINEAR}), n=1)
+    close = difflib.get_close_matches(entry, sorted({*names, *families.ROLES, families.ALL_LINEAR}), n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"lora.target_modules has {entry!r}, which matches no module{hint}; this model has {_inventory(modules)}"
 

@@ -1,4 +1,4 @@
-"""`lora-scale doctor`: what on this machine will hurt a run, each with its cure. Changes nothing; imports no torch itself."""
+"""`lora-scale doctor`: what on this machine will hurt a run, each with its cure. Changes nothing; imports no torch."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,14 +22,14 @@ from lora_scale.parallel import probe
 from lora_scale.spec.errors import FindingError
 from lora_scale.storage import diskspeed
 
-SUPPORTED = {  # the versions it was run with: the oldest, and the first that was not tried
+SUPPORTED = {  # the oldest version that pyproject.toml allows, and the first that nobody has tried
     "torch": ("2.11", "2.14"),
     "deepspeed": ("0.19.8", "0.20"),
     "transformers": ("5.17", "5.24"),
-    "peft": ("0.21", "0.22"),
-    "safetensors": ("0.8", "0.9"),
-    "datasets": ("5.2", "6"),
+    "peft": ("0.19", "0.22"),
+    "safetensors": ("0.5", "0.9"),
 }
+OPTIONAL = {"mpi4py": "needed under mpirun only"}
 PYTHONS = ("3.11", "3.13")
 SETTINGS = ("NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "OMP_NUM_THREADS")
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun", "srun", "pdsh")
@@ -63,9 +64,9 @@ class Check:
 def command(folder: Path, as_json: bool) -> None:
     """Look for what would hurt a run on this machine: one line a check, each finding with its cure.
 
-    Versions, devices, launcher, one all-reduce over the visible GPUs (or 2 CPU processes) with its result checked, disk,
-    shared memory, limits, leftovers of killed builds, the host's name. Takes about a minute and changes nothing. Under a
-    launcher the first rank of each host answers.
+    Versions, devices, launcher, one all-reduce over the visible GPUs (or 2 CPU processes) with its result checked,
+    disk, shared memory, limits, leftovers of killed builds, the host's name. Takes about a minute and changes nothing.
+    Under a launcher the first rank of each host answers.
 
     \b
     lora-scale doctor
@@ -73,6 +74,8 @@ def command(folder: Path, as_json: bool) -> None:
     """
     started = time.monotonic()
     checks = []
+    if sys.stderr.isatty():
+        click.echo(f"importing {', '.join(SUPPORTED)} ...", err=True)
     for check in _checks(folder):
         if check is None:
             return
@@ -101,8 +104,8 @@ def _checks(folder: Path) -> Iterator[Check | None]:
     yield judge_version("python", platform.python_version(), *PYTHONS)
     for name, limits in SUPPORTED.items():
         yield judge_version(name, versions[name], *limits)
-    mpi4py = _version("mpi4py")  # its import would call MPI_Init
-    yield Check("mpi4py", "ok", mpi4py or "not installed; needed under mpirun only")
+    for name, use in OPTIONAL.items():  # not imported: importing mpi4py calls MPI_Init
+        yield Check(name, "ok", _version(name) or f"not installed; {use}")
     yield from judge_imports(seen)
     works = "torch" in seen["imports"]
     devices = seen["devices"] if works else []
@@ -118,13 +121,12 @@ def _checks(folder: Path) -> Iterator[Check | None]:
 
 
 def judge_version(name: str, version: str | None, oldest: str, untried: str) -> Check:
-    tried = f"{oldest} to below {untried}"
     if version is None:
         return Check(name, "finding", "not installed", f"pip install '{name}>={oldest},<{untried}'")
     if _numbers(version) < _numbers(oldest):
-        return Check(name, "finding", f"{version} is older than what was tried, {tried}", f"install {oldest} or newer")
+        return Check(name, "finding", f"{version} is older than {oldest}, the oldest supported", "update it")
     if _numbers(version) >= _numbers(untried):
-        return Check(name, "note", f"{version} is newer than what was tried, {tried}")
+        return Check(name, "note", f"{version} is newer than what was tried, which is below {untried}")
     return Check(name, "ok", version)
 
 
@@ -139,14 +141,17 @@ def judge_devices(cuda: str | None, devices: list[Mapping[str, Any]], driver: st
     cores = len(os.sched_getaffinity(0))
     yield Check("host", "ok", f"{cores} cores, {host_memory() / GIB:.1f} GiB memory")
     if not devices and driver is None:
-        yield Check("devices", "ok", f"no GPU; torch is built for {f'CUDA {cuda}' if cuda else 'CPUs'}; ranks run on CPUs")
+        yield Check(
+            "devices", "ok", f"no GPU; torch is built for {f'CUDA {cuda}' if cuda else 'CPUs'}; ranks run on CPUs"
+        )
     elif not devices:
         cure = f"a driver for CUDA {cuda}, or CUDA_VISIBLE_DEVICES" if cuda else "install a torch with CUDA"
         build = f"CUDA {cuda}" if cuda else "CPUs"
         yield Check("devices", "finding", f"driver {driver} is there, but torch (built for {build}) sees no GPU", cure)
     for number, device in enumerate(devices):
         free, total = device["free"] / GIB, device["total"] / GIB
-        detail = f"{device['name']}, {free:.1f} of {total:.1f} GiB free, driver {driver}, torch for CUDA {cuda}"
+        memory = f"{free:.1f} of {total:.1f} GiB free"
+        detail = f"{device['name']}, {memory}, driver {driver or 'unknown'}, torch for CUDA {cuda}"
         taken = free < 0.9 * total
         cure = "another process holds the rest (nvidia-smi): end it, or choose others with CUDA_VISIBLE_DEVICES"
         yield Check(f"GPU {number}", "finding" if taken else "ok", detail, cure if taken else "")
@@ -158,8 +163,9 @@ def judge_launcher(place: Mapping[str, Any] | None, wrong: str | None, env: Mapp
         return Check("launcher", "finding", wrong, "a leftover of another job in this shell")
     if place:
         return Check("launcher", "ok", f"{place['launcher']}: rank {place['rank']} of {place['size']}{settings}")
-    there = ", ".join(name for name in LAUNCHERS if shutil.which(name)) or "none"
-    return Check("launcher", "ok", f"not started by one; on PATH: {there}{settings}")
+    path = os.pathsep.join([env.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    there = ", ".join(name for name in LAUNCHERS if shutil.which(name, path=path)) or "none"
+    return Check("launcher", "ok", f"not started by one; there are: {there}{settings}")
 
 
 def reduced(backend: str, ranks: int) -> Check:
@@ -180,7 +186,9 @@ def disk(folder: Path) -> Iterator[Check]:
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < LITTLE_SPACE:
-        yield Check("disk space", "finding", f"{free / GIB:.1f} GiB free at {there}", "choose another folder with --folder")
+        yield Check(
+            "disk space", "finding", f"{free / GIB:.1f} GiB free at {there}", "choose another folder with --folder"
+        )
     else:
         yield Check("disk space", "ok", f"{free / GIB:,.1f} GiB free at {there}")
     try:
@@ -212,7 +220,9 @@ def limits_of_this_process() -> Iterator[Check]:
     few = bool(fabric) and 0 <= locked < GIB
     used = f"; InfiniBand ({', '.join(fabric)}) locks its buffers" if fabric else "; matters with InfiniBand only"
     shown = "unlimited" if locked < 0 else f"{locked / GIB:.3f} GiB"
-    yield Check("locked memory", "finding" if few else "ok", f"limit {shown}{used}", "ulimit -l unlimited" if few else "")
+    yield Check(
+        "locked memory", "finding" if few else "ok", f"limit {shown}{used}", "ulimit -l unlimited" if few else ""
+    )
 
 
 def extension_locks(env: Mapping[str, str]) -> dict[Path, float]:

@@ -1,12 +1,4 @@
-"""What the verbs share on the command line: CONFIG with its overrides, and the table of exit codes. No verb itself."""
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
-
-import click
-
-F = TypeVar("F", bound=Callable[..., Any])
+"""What the verbs' help texts share: the one table of exit codes. No verb itself; imports nothing."""
 
 EXIT_CODES = """\b
 Exit codes:
@@ -18,9 +10,3 @@ Exit codes:
   75  interrupted; the same command resumes
   130 stopped with Ctrl-C
 """
-
-
-def takes_config(function: F) -> F:
-    """Give a click command `config: Path` and `overrides: tuple[str, ...]`, as `spec.configfile.load` takes them."""
-    function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
-    return click.argument("config", metavar="CONFIG", type=click.Path(path_type=Path))(function)

@@ -28,7 +28,9 @@ from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--ranks", type=click.IntRange(min=1), help="Local ranks to start. Default: one a visible GPU, or one process.")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), help="Local ranks to start. Default: one a visible GPU, or one process."
+)
 def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
     """Train as CONFIG says: an adapter on a frozen, sharded base, or every weight (method=full).
 
@@ -43,8 +45,13 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None
     Exit codes: 0 finished, 1 stopped by a fault or a guard, 2 wrong usage, config, model, data or checkpoint,
     75 interrupted but resumable.
     """
-    cfg = configfile.load(config, overrides)
     here = world.from_environment()
+    try:
+        cfg = configfile.load(config, overrides)
+    except LoraScaleError as error:
+        if here and here.local_rank:  # every rank reads the same file: one a host says what is wrong with it
+            sys.exit(error.exit_code)
+        raise
     if here is None and (count := ranks or local.default_ranks()) > 1:
         arguments = ["train", str(config), *overrides]
         click.echo(f"{count} local ranks: {local.shown(count, arguments)}")
@@ -82,7 +89,7 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console) -> None:
     """One rank's whole run."""
     folder, identity = setup.open_base(cfg, screen)
     resume = on_rank_zero(lambda: _find_checkpoint(cfg))
-    data = on_every_rank(lambda: setup.read_data(cfg, folder, here))
+    data = setup.read_data(cfg, folder, here)
     setup.say_data(cfg, data, here, screen)
     model, dropout, notes = on_every_rank(lambda: setup.build_model(cfg, folder))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
@@ -127,7 +134,9 @@ def _loop(job: Job, log: RunLog | None, screen: Console, first: int, tokens_seen
         screen.live(lambda row=row: _line(row, total, first, val_loss, started), force=done in (first + 1, total))
     screen.line(f"saved    {path} ({checkpoints.nbytes(path) / 2**20:.1f} MiB)")
     if done < total:
-        raise InterruptedRunError(f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there")
+        raise InterruptedRunError(
+            f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there"
+        )
     end = f"; val_loss {val_loss:.4f}" if val_loss is not None else ""
     screen.line(f"finished {total} steps in {time.perf_counter() - started:.0f} s{end}")
 
@@ -155,7 +164,9 @@ def _find_checkpoint(cfg: RunConfig) -> Path | None:
     durable.remove_leftovers(folder)
     found = checkpoints.list_checkpoints(folder)
     if found and cfg.resume == "never":
-        raise CheckpointError(f"resume is never, but {cfg.run_dir} has a checkpoint of step {found[-1][0]}; set another run_dir, or resume=auto")
+        raise CheckpointError(
+            f"resume is never, but {cfg.run_dir} has a checkpoint of step {found[-1][0]}; set another run_dir, or resume=auto"
+        )
     return found[-1][1] if found else None
 
 

@@ -48,12 +48,14 @@ class State:
     versions: dict[str, str]
 
 
-def save(engine: Engine, state: State, folder: Path, write_extra: Callable[[Path], None], key: Callable[[str], str]) -> Path:
+def save(
+    engine: Engine, state: State, folder: Path, write_extra: Callable[[Path], None], key: Callable[[str], str]
+) -> Path:
     """Write `folder/step-NNNNNN` on rank 0 from all ranks' runs; collective. `key` maps a parameter's name to its name in files.
 
     When the disk is full, say, every rank gets the error, and what was written is removed.
     """
-    final = folder / checkpoints.directory_name(state.step)
+    final = folder / checkpoints.name(state.step)
     found = masters.parts(engine.ds)
     specs = [(key(p.name), "F32", p.shape) for p in found]
     moments = [(f"{name}.{moment}", dtype, shape) for moment in masters.MOMENTS for name, dtype, shape in specs]
@@ -118,7 +120,9 @@ def check_resumable(saved: State, now: State, path: Path) -> None:
             continue
         changed += differences({section: before}, {section: after})
     if changed:
-        raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}. Set them back, or set another run_dir")
+        raise CheckpointError(
+            f"{path} belongs to another run: {'; '.join(changed)}. Set them back, or set another run_dir"
+        )
 
 
 def restore(engine: Engine, path: Path, state: State, key: Callable[[str], str]) -> None:
@@ -143,15 +147,23 @@ def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     if entries.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - entries.keys()), sorted(entries.keys() - shapes.keys())
         first = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which this run does not train"
-        raise CheckpointError(f"{path} {first} ({len(missing)} missing, {len(extra)} unexpected): lora.target_modules differ?")
+        raise CheckpointError(
+            f"{path} {first} ({len(missing)} missing, {len(extra)} unexpected): lora.target_modules differ?"
+        )
     tensors = {}
     with Reader() as reader:
         for name, entry in entries.items():
             if entry.shape != shapes[name] or entry.dtype != "F32":
-                raise CheckpointError(f"{path}: {name} is {entry.dtype} {entry.shape}; this run has F32 {shapes[name]}: lora.r differs?")
+                raise CheckpointError(
+                    f"{path}: {name} is {entry.dtype} {entry.shape}; this run has F32 {shapes[name]}: lora.r differs?"
+                )
             tensor = torch.empty(entry.shape, dtype=torch.float32)
-            reader.read_into(ByteRange(entry.file, entry.offset, entry.nbytes, entry.dtype), memoryview(tensor.view(-1).numpy()))
+            reader.read_into(
+                ByteRange(entry.file, entry.offset, entry.nbytes, entry.dtype), memoryview(tensor.view(-1).numpy())
+            )
             if not tensor.isfinite().all():
-                raise CheckpointError(f"{path}: {name} holds a value that is not finite; resume from an older checkpoint")
+                raise CheckpointError(
+                    f"{path}: {name} holds a value that is not finite; resume from an older checkpoint"
+                )
             tensors[name] = tensor
     return tensors

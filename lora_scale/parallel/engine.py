@@ -37,7 +37,9 @@ class StepResult:
     stop: bool = False  # some rank was asked to stop; every rank sees the same
 
 
-def ds_config(cfg: RunConfig, accumulation: int, layer_numel: int, trainable_numel: int, layers: Sequence[str]) -> dict[str, Any]:
+def ds_config(
+    cfg: RunConfig, accumulation: int, layer_numel: int, trainable_numel: int, layers: Sequence[str]
+) -> dict[str, Any]:
     """DeepSpeed's configuration of this run.
 
     `layer_numel` is the largest decoder layer's size in elements and `layers` the class names of decoder layers: each is
@@ -49,7 +51,9 @@ def ds_config(cfg: RunConfig, accumulation: int, layer_numel: int, trainable_num
     full = cfg.method == "full"
     bf16_masters = full and cfg.precision == "bf16"  # adapters are fp32 themselves and need no second copy
     if bf16_masters and stage == 0:
-        raise ConfigError("method is full in bf16 with parallel.zero_stage = 0, which keeps no fp32 copy of the weights; use stage 1, 2 or 3")
+        raise ConfigError(
+            "method is full in bf16 with parallel.zero_stage = 0, which keeps no fp32 copy of the weights; use stage 1, 2 or 3"
+        )
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": True,
@@ -77,19 +81,6 @@ def ds_config(cfg: RunConfig, accumulation: int, layer_numel: int, trainable_num
     }
 
 
-def accumulation_steps(cfg: RunConfig, ranks: int) -> int:
-    """Micro-batches per optimizer step on each rank; a global batch that does not divide is an error that names sizes that do."""
-    per_pass = cfg.train.micro_batch_size * ranks
-    if cfg.train.global_batch_size % per_pass:
-        below = cfg.train.global_batch_size // per_pass * per_pass
-        near = " or ".join(str(n) for n in (below, below + per_pass) if n)
-        raise ConfigError(
-            f"train.global_batch_size is {cfg.train.global_batch_size}; with {ranks} ranks and train.micro_batch_size = "
-            f"{cfg.train.micro_batch_size} it must be a multiple of {per_pass}, for example {near}"
-        )
-    return cfg.train.global_batch_size // per_pass
-
-
 def optimizer_for(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; those with fewer than two dims (norms, biases) do not decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -104,7 +95,9 @@ def optimizer_for(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:
 class Engine:
     """A DeepSpeed engine and what this run needs of it."""
 
-    def __init__(self, model: nn.Module, cfg: RunConfig, world: World, config: dict[str, Any], dropout: DropoutContext | None):
+    def __init__(
+        self, model: nn.Module, cfg: RunConfig, world: World, config: dict[str, Any], dropout: DropoutContext | None
+    ):
         self.cfg, self.world, self.dropout = cfg, world, dropout
         deepspeed = importlib.import_module("deepspeed")
         with _no_base_broadcast():
@@ -161,7 +154,9 @@ class Engine:
 
     def _loss_sum(self, batch: Batch, number: int) -> Tensor:
         """Cross-entropy summed over the batch's target tokens, fp32, shape ()."""
-        ids, labels, positions = (_to(a, self.world.device) for a in (batch.input_ids, batch.labels, batch.position_ids))
+        ids, labels, positions = (
+            _to(a, self.world.device) for a in (batch.input_ids, batch.labels, batch.position_ids)
+        )
         if self.dropout is not None:
             self.dropout.set(number, _to(batch.sample_ids, self.world.device), positions)
         logits = self.ds(input_ids=ids, position_ids=positions, use_cache=False).logits

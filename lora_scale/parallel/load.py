@@ -71,7 +71,9 @@ def rebuild_buffers(model: nn.Module) -> None:
             value = module._buffers[key]
             assert value is not None
             if value.isnan().any() if value.is_floating_point() else (value == -1).any():
-                raise ModelError(f"buffer {name}.{key} of {type(module).__name__} cannot be computed; this model type is not supported")
+                raise ModelError(
+                    f"buffer {name}.{key} of {type(module).__name__} cannot be computed; this model type is not supported"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,17 @@ def default_ranks() -> int:
 
 def command(ranks: int, arguments: Sequence[str]) -> list[str]:
     """The `deepspeed` command that runs `lora-scale ARGUMENTS` on `ranks` local ranks."""
-    return ["deepspeed", "--quiet", "--num_gpus", str(ranks), "--no_local_rank", "--module", "lora_scale", *arguments]
+    return [
+        "deepspeed",
+        "--log_level",
+        "critical",
+        "--num_gpus",
+        str(ranks),
+        "--no_local_rank",
+        "--module",
+        "lora_scale",
+        *arguments,
+    ]
 
 
 def run(ranks: int, arguments: Sequence[str]) -> int:
@@ -39,4 +49,4 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
 
 def shown(ranks: int, arguments: Sequence[str]) -> str:
     """The command as a person would type it."""
-    return shlex.join(part for part in command(ranks, arguments) if part != "--quiet")
+    return shlex.join(part for part in command(ranks, arguments) if part not in ("--log_level", "critical"))

@@ -31,7 +31,9 @@ class Part:
     start: int  # of the run in the flattened whole tensor
     numel: int
     working: Tensor | None  # ZeRO-3: the same run of what the forward pass gathers
-    speaks: bool = True  # whether this rank sends the run when the tensor is gathered: at stage 0 every rank has all of it
+    speaks: bool = (
+        True  # whether this rank sends the run when the tensor is gathered: at stage 0 every rank has all of it
+    )
 
     def view(self, optimizer: torch.optim.Optimizer, what: str) -> Tensor:
         """The run itself: shape (numel,), fp32, writable."""
@@ -70,7 +72,14 @@ def _part(ds: Any, name: str, p: nn.Parameter) -> Part:
         flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
         address = here.lp_fragment_address
         return Part(
-            name, p, shape, flats[here.param_group_index], here.hp_fragment_address.start, address.start, address.numel, None
+            name,
+            p,
+            shape,
+            flats[here.param_group_index],
+            here.hp_fragment_address.start,
+            address.start,
+            address.numel,
+            None,
         )
     return Part(name, p, shape, p, 0, 0, total, None, speaks=dist.get_rank() == 0)
 

@@ -11,7 +11,9 @@ from lora_scale.parallel.world import World
 GIB = 1 << 30
 
 
-def row(number: int, result: StepResult, lr: float, tokens: int, seconds: float, world: World, flops_per_token: float) -> dict[str, Any]:
+def row(
+    number: int, result: StepResult, lr: float, tokens: int, seconds: float, world: World, flops_per_token: float
+) -> dict[str, Any]:
     """`tokens` are the step's over all ranks, padding not counted; `flops_per_token` is the 4N or 6N of spec.cost."""
     rate = tokens / seconds
     return {

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -111,10 +111,8 @@ def _started(
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
             for process in processes:
-                try:
+                with suppress(subprocess.TimeoutExpired):  # stuck in a driver: to wait on would be the hang
                     process.wait(timeout=5)
-                except subprocess.TimeoutExpired:
-                    pass  # stuck in a driver: it dies when the driver lets go of it; waiting on would be the hang
 
 
 def _ending(code: int | None, stderr: Path) -> str:
@@ -150,7 +148,12 @@ def _torch_facts() -> dict[str, Any]:
         devices.append({"name": torch.cuda.get_device_name(number), "total": total, "free": free})
     try:
         here = world.from_environment()
-        place = here and {"launcher": here.launcher, "rank": here.rank, "size": here.size, "local_rank": here.local_rank}
+        place = here and {
+            "launcher": here.launcher,
+            "rank": here.rank,
+            "size": here.size,
+            "local_rank": here.local_rank,
+        }
     except ConfigError as error:
         wrong = str(error)
     return {"cuda": torch.version.cuda, "devices": devices, "launcher": place, "launcher_error": wrong}

@@ -29,7 +29,9 @@ def apply(model: nn.Module, recompute: str | int) -> int:
     count = {"all": len(layers), "none": 0}.get(str(recompute), recompute)
     assert isinstance(count, int)
     if count > len(layers):
-        raise ConfigError(f"recompute is {count}; the model has {len(layers)} decoder layers: write a number up to that, or all")
+        raise ConfigError(
+            f"recompute is {count}; the model has {len(layers)} decoder layers: write a number up to that, or all"
+        )
     if count:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         for layer in layers[count:]:

@@ -15,7 +15,7 @@ from lora_scale.adapters.lora import LoRALinear, adapt
 from lora_scale.adapters.targets import fused_notes
 from lora_scale.parallel import load, recompute, zero3
 from lora_scale.parallel.checkpoint import State
-from lora_scale.parallel.engine import Engine, accumulation_steps, ds_config
+from lora_scale.parallel.engine import Engine, ds_config
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile
 from lora_scale.spec.config import RunConfig
@@ -25,7 +25,12 @@ from lora_scale.storage import dataset, hub, packing, provenance
 from lora_scale.storage.console import Console, bar
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
 from lora_scale.storage.packing import Batch, Blocks
-from lora_scale.storage.steps import StepPlan, eval_batches
+from lora_scale.storage.steps import StepPlan, check_batch_sizes, eval_batches
+
+
+def accumulation_steps(cfg: RunConfig, ranks: int) -> int:
+    """Micro-batches per optimizer step on each rank."""
+    return cfg.train.global_batch_size // (cfg.train.micro_batch_size * ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,6 @@ class Data:
     plan: StepPlan
     blocks: Blocks
     validation: list[Batch]
-    validation_blocks: Blocks | None
     notes: list[str]
 
     def identity(self, cfg: RunConfig) -> dict[str, Any]:
@@ -94,7 +98,9 @@ class Job:
         """What PEFT needs beside the tensors; nothing for full fine-tuning."""
         if self.cfg.method == "lora":
             base = peft.public_name(self.cfg.model.path)
-            peft.write_config(folder, peft.adapter_config(self.engine.module, adapted_layers(self.engine.module), self.cfg.lora, base))
+            peft.write_config(
+                folder, peft.adapter_config(self.engine.module, adapted_layers(self.engine.module), self.cfg.lora, base)
+            )
 
 
 def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
@@ -110,13 +116,39 @@ def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
 
 
 def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
-    """Rows to blocks to steps. Every rank reads all rows and keeps its part of each step."""
+    """Rows to blocks to steps. The first rank reads and tokenises; every rank gets all blocks and keeps its part of each step."""
+    check_batch_sizes(cfg.train.global_batch_size, cfg.train.micro_batch_size, world.size)
     known = family(str(folder.config.get("model_type")))
     if cfg.data.packing and not (known and known.packs):
         raise ConfigError(
             f"data.packing is true, but model type {folder.config.get('model_type')!r} is not known to keep packed documents "
             "apart; set data.packing=false"
         )
+    if cfg.data.packing and cfg.model.attention == "flash_attention_2" and cfg.train.micro_batch_size > 1:
+        raise ConfigError(
+            f"model.attention is flash_attention_2 and train.micro_batch_size is {cfg.train.micro_batch_size}: it keeps packed "
+            "documents apart at 1 only; set train.micro_batch_size=1 with a larger data.seq_len, or model.attention=sdpa"
+        )
+    blocks, validation = on_rank_zero(lambda: blocks_of_run(cfg, folder))
+    train = cfg.train
+    plan = StepPlan(
+        blocks,
+        train.global_batch_size,
+        train.micro_batch_size,
+        world.rank,
+        world.size,
+        cfg.seed,
+        train.epochs,
+        train.max_steps,
+    )
+    batches = []
+    if validation is not None:
+        batches = eval_batches(validation, train.micro_batch_size, world.rank, world.size, cfg.eval.max_blocks)
+    return Data(plan, blocks, batches, blocks.documents.notes())
+
+
+def blocks_of_run(cfg: RunConfig, folder: ModelFolder) -> tuple[Blocks, Blocks | None]:
+    """Training and validation blocks of the whole run."""
     rows = dataset.read_rows(cfg.data.train, cfg.data.max_rows)
     held_out = None
     if isinstance(cfg.data.validation, float):
@@ -125,23 +157,12 @@ def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
         held_out = dataset.read_rows(cfg.data.validation, None)
     tokenizer = dataset.tokenizer(folder.path, cfg.model.trust_remote_code)
     vocab_size = folder.config.get("vocab_size")
-    encoded = [
-        dataset.encode(part, tokenizer, cfg.data.seq_len, cfg.data.train_on, vocab_size) for part in (rows, held_out) if part is not None
-    ]
-    blocks = [packing.pack(documents, cfg.data.packing) for documents in encoded]
-    plan = StepPlan(
-        blocks[0],
-        cfg.train.global_batch_size,
-        cfg.train.micro_batch_size,
-        world.rank,
-        world.size,
-        cfg.seed,
-        cfg.train.epochs,
-        cfg.train.max_steps,
-    )
-    validation = blocks[1] if len(blocks) > 1 else None
-    batches = eval_batches(validation, cfg.train.micro_batch_size, world.rank, world.size, cfg.eval.max_blocks) if validation else []
-    return Data(plan, blocks[0], batches, validation, encoded[0].notes())
+
+    def blocks_of(part: dataset.Rows) -> Blocks:
+        documents = dataset.encode(part, tokenizer, cfg.data.seq_len, cfg.data.train_on, vocab_size)
+        return packing.pack(documents, cfg.data.packing)
+
+    return blocks_of(rows), blocks_of(held_out) if held_out is not None else None
 
 
 def build_model(cfg: RunConfig, folder: ModelFolder) -> tuple[nn.Module, DropoutContext | None, list[str]]:
@@ -222,7 +243,11 @@ def _load_bar(screen: Console) -> Any:
 
     def show(done: int, total: int) -> None:
         seconds = max(1e-3, time.perf_counter() - start)
-        screen.live(lambda: f"loading  {bar(done, total)} {done / 1e9:.2f} of {total / 1e9:.2f} GB a rank, {done / 1e9 / seconds:.1f} GB/s")
+        screen.live(
+            lambda: (
+                f"loading  {bar(done, total)} {done / 1e9:.2f} of {total / 1e9:.2f} GB a rank, {done / 1e9 / seconds:.1f} GB/s"
+            )
+        )
 
     return show
 
@@ -234,8 +259,17 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def hardware(world: World) -> dict[str, Any]:
     """What the run runs on, for the manifest."""
-    found: dict[str, Any] = {"device": "cpu", "ranks": world.size, "launcher": world.launcher, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "device": "cpu",
+        "ranks": world.size,
+        "launcher": world.launcher,
+        "threads": torch.get_num_threads(),
+    }
     if world.device.type == "cuda":
         properties = torch.cuda.get_device_properties(world.device)
-        found |= {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+        found |= {
+            "device": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
     return found

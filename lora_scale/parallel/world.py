@@ -55,7 +55,9 @@ def from_environment(env: Mapping[str, str] = os.environ) -> World | None:
     half = {name for names in list(LAUNCHERS.values())[:1] for name in names if name in env}
     if half:
         missing = sorted(set(LAUNCHERS["deepspeed or torchrun"]) - half)
-        raise ConfigError(f"{', '.join(sorted(half))} set but not {', '.join(missing)}; start with deepspeed or torchrun, or unset them")
+        raise ConfigError(
+            f"{', '.join(sorted(half))} set but not {', '.join(missing)}; start with deepspeed or torchrun, or unset them"
+        )
     return None
 
 

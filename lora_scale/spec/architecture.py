@@ -11,8 +11,8 @@ from typing import Any, Literal
 from lora_scale.spec.errors import ModelError
 
 Kind = Literal["linear", "conv1d", "output", "table", "positions", "experts", "other"]
-"""linear (out, in) and conv1d (in, out) can be adapted; the output layer can, but is no target of `all-linear`; the tables
-of tokens and of positions are looked up, not multiplied; experts are fused, one matrix after another."""
+"""linear (out, in) and conv1d (in, out) can be adapted; so can output, but `all-linear` leaves it out; tables, of
+tokens and of positions, are looked up, not multiplied; experts are fused, one matrix after another."""
 
 Config = Mapping[str, Any]
 

@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
-from lora_scale.spec.keys import Key, inside, is_suspicious, keys, missing, sections, show, unknown, wrong
+from lora_scale.spec.keys import Key, is_suspicious, key_names, keys, missing, sections, show, unknown, wrong
 
 MAX_BYTES = 1 << 20  # a config is some kilobytes; more is another file given by mistake
 YAML_PROBLEMS = {  # how the reader's message begins: what to do about it
@@ -150,11 +150,11 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
     name, equals, text = override.partition("=")
     name = name.strip()
     if not name or not equals:
-        return [f"override {override!r} is not of the form key=value"]
+        return [f"override {show(override)} is not of the form key=value"]
     if not text.strip():
-        return [f"override {override!r} has no value; for nothing write {name}=null"]
+        return [f"override {show(override)} has no value; for nothing write {name}=null"]
     try:
-        value = _parse(text, f"override {override!r}")
+        value = _parse(text, f"override {show(override)}")
     except ConfigError as error:
         return [str(error)]
     if name == "model" and isinstance(value, str):
@@ -166,18 +166,19 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
 
 def _set(tree: dict[str, Any], name: str, value: Any) -> list[str]:
     """Copies what it changes: two sections may be one object, by a YAML anchor."""
-    pattern = next((key.name for key in keys().values() if key.accepts(dict) and name.startswith(f"{key.name}.")), None)
-    if pattern:  # lora.rank_pattern.layers.0.q_proj=4: what follows the key is a pattern, dots and all
-        section, _, leaf = pattern.partition(".")
-        inner = tree.get(section, {}).get(leaf) or {}
-        name, value = pattern, {**inner, name.removeprefix(f"{pattern}."): value} if isinstance(inner, dict) else inner
-    if name not in keys() and name not in sections():
+    pattern = next((key.name for key in keys().values() if key.accepts(dict) and name.startswith(f"{key.name}.")), "")
+    key = pattern or name
+    if key not in keys() and key not in sections():
         return [unknown(name)]
-    section, _, leaf = name.rpartition(".")
+    section, _, leaf = key.rpartition(".")
+    inside = tree.get(section, {})
     if not section:
-        tree[leaf] = value
-    elif isinstance(tree.get(section, {}), dict):
-        tree[section] = {**tree.get(section, {}), leaf: value}
+        tree[key] = value
+    elif isinstance(inside, dict):  # where it is not, `_sorted_out` says so
+        if pattern:  # lora.rank_pattern.layers.0.q_proj=4: what follows the key is a pattern, dots and all
+            before = inside.get(leaf)
+            value = {**(before if isinstance(before, dict) else {}), name.removeprefix(f"{pattern}."): value}
+        tree[section] = {**inside, leaf: value}
     return []
 
 
@@ -194,9 +195,14 @@ def _sorted_out(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], set
                     errors.append(unknown(f"{name}.{leaf}"))
         elif name in sections():
             broken.add(name)
-            errors.append(f"{name} is {show(value)}; it must be a mapping of the keys {inside(name)}")
-        elif name in keys():
+            errors.append(f"{name} is {show(value)}; it must be a mapping of the keys {key_names(name)}")
+        elif name in keys() and not keys()[name].section:
             values[name] = _at_home(keys()[name], value)
+        elif name in keys():
+            key = keys()[name]
+            errors.append(
+                f"{name} in one piece is for the command line; in a file {key.leaf} stands below {key.section}:"
+            )
         else:
             errors += (
                 [unknown(f"{name}.{leaf}") for leaf in value] if isinstance(value, dict) and value else [unknown(name)]

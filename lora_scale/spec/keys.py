@@ -127,6 +127,7 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 def unknown(name: str) -> str:
     """The message for a key that does not exist, with the one that was probably meant."""
     section, _, leaf = name.rpartition(".")
+    name = name if name.isprintable() and len(name) <= 80 else show(name)
     meant = [ELSEWHERE[leaf]] if leaf in ELSEWHERE else [key.name for key in keys().values() if key.leaf == leaf]
     if not meant:
         here = {key.leaf: key.name for key in keys().values() if key.section == section}
@@ -139,11 +140,11 @@ def unknown(name: str) -> str:
     if meant:
         return f"unknown key {name}; did you mean {' or '.join(meant)}?"
     if section in sections():
-        return f"unknown key {name}; keys of {section}: {inside(section)}"
-    return f"unknown key {name}; keys at the top: {inside('')}; sections: {', '.join(sections())}"
+        return f"unknown key {name}; keys of {section}: {key_names(section)}"
+    return f"unknown key {name}; keys at the top: {key_names('')}; sections: {', '.join(sections())}"
 
 
-def inside(section: str) -> str:
+def key_names(section: str) -> str:
     """The keys of a section, or of the top level (""), by their short names."""
     return ", ".join(key.leaf for key in keys().values() if key.section == section)
 
@@ -172,6 +173,8 @@ def _hint(key: Key, value: Any) -> str:
     plain = key.accepts(int, float) and isinstance(value, str) and _is_number(value)
     if plain or (key.accepts(bool) and value in ("true", "false")):
         return ", without quotes"
+    if isinstance(value, str) and len(value) > 80:
+        return ""
     if isinstance(value, str) and key.accepts(tuple):
         return f"; for one write [{value}]"
     if isinstance(value, str) and value.strip() and key.accepts(Path, str):

@@ -4,7 +4,7 @@ Knows how each family's layers are built; no torch, no files. What the numbers c
 config.json states are required; the others have transformers' defaults. Tests hold both to transformers (meta device).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -257,3 +257,33 @@ BUILDERS: dict[str, Callable[[Config], Architecture]] = {
     "gpt_neox": _gpt_neox,
     "opt": _opt,
 }
+
+
+_COMMON = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+_TABLE_NAMES = ("embed", "wte", "wpe")
+
+
+def from_tensors(config: Config, tensors: Mapping[str, tuple[int, ...]]) -> Architecture:
+    """A model whose type has no row, from the tensors in its files.
+
+    A matrix called `*.weight` is taken for a linear layer unless its name says that it is a table. Every expert is
+    counted as if each token met it.
+    """
+    layers, hidden, heads = (size(config, name) for name in _COMMON)
+    parameters = []
+    for name, shape in tensors.items():
+        kind: Kind = "other"
+        if len(shape) == 2 and name.endswith(".weight"):
+            table = any(word in name for word in _TABLE_NAMES)
+            kind = "table" if table else "output" if name == "lm_head.weight" else "linear"
+        parameters.append(Parameter(name, shape, kind))
+    return Architecture(
+        model_type=str(config.get("model_type")),
+        parameters=tuple(parameters),
+        tied="lm_head.weight" not in tensors,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        head_dim=config.get("head_dim") or divided(config, hidden, heads),
+        vocabulary=size(config, "vocab_size"),
+    )

@@ -52,6 +52,20 @@ def nbytes(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.iterdir())
 
 
+def set_aside_damaged(folder: Path) -> list[tuple[Path, str]]:
+    """Renames damaged checkpoints (to `step-000500.damaged`), so that a run can write those steps again.
+
+    Returns the new path and what is wrong with each; nothing is deleted.
+    """
+    moved = []
+    for path, what in list_damaged(folder):
+        tries = (path.with_name(f"{path.name}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+        aside = next(name for name in tries if not name.exists())
+        path.rename(aside)
+        moved.append((aside, what))
+    return moved
+
+
 def prune(folder: Path, keep: int) -> list[Path]:
     """Deletes all whole checkpoints but the newest `keep`, and returns them. Damaged ones are left to people."""
     assert keep >= 1

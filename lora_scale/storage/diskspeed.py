@@ -13,7 +13,7 @@ CHUNK = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class DiskSpeed:
-    """Bytes a second. `direct`: reading went past the page cache; where it did not, it may be memory that was measured."""
+    """Bytes a second. `direct`: reading went past the page cache; if not, memory may be what was measured."""
 
     write: float
     read: float

@@ -56,7 +56,7 @@ def open_folder(path: Path | str, trust_remote_code: bool = False) -> ModelFolde
     except FileNotFoundError as error:
         raise ModelError(f"{error.filename} does not exist") from error
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
     tensors: dict[str, TensorEntry] = {}
     for name, expected in files.items():
         found, _ = weights.read_safetensors(path / name)
@@ -74,14 +74,14 @@ def open_folder(path: Path | str, trust_remote_code: bool = False) -> ModelFolde
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object; download it again")
     return value
 
 
-def _weight_files(path: Path, names: set[str]) -> dict[str, set[str] | None]:
+def _weight_files(path: Path, names: set[str]) -> Mapping[str, set[str] | None]:
     """The weight files, sorted, each with the tensors that the index puts there (None: there is no index)."""
     if INDEX not in names:
         if SINGLE not in names:
@@ -90,26 +90,25 @@ def _weight_files(path: Path, names: set[str]) -> dict[str, set[str] | None]:
     weight_map = _read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ModelError(f"{path / INDEX} has no weight_map of tensor names to file names; download it again")
-    files: dict[str, set[str] | None] = {file: set() for file in sorted(set(weight_map.values()))}
+    files: dict[str, set[str]] = {file: set() for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
-        files[file].add(name)  # pyright: ignore[reportOptionalMemberAccess]
+        files[file].add(name)
     if SINGLE in names and SINGLE not in files:
         raise ModelError(f"{path} holds both {SINGLE} and an index of other files; remove the one that is out of date")
     _refuse_outside(path, files)
     missing = [file for file in files if not (path / file).exists()]
     if missing:
-        raise ModelError(
-            f"{path} lacks {_few(missing)} of the {len(files)} files of its index; download it again"
-        )
+        raise ModelError(f"{path} lacks {_few(missing)} of the {len(files)} files of its index; download it again")
     return files
 
 
 def _refuse_outside(path: Path, files: Iterable[str]) -> None:
-    """The index stays in its folder. A *file* in it may be a link out: the hub's cache links every file to ../../blobs."""
+    """The index stays in its folder. A *file* in it may be a link out: the hub's cache links each to ../../blobs."""
     inside = path.resolve()
     for file in files:
         parts = PurePosixPath(file)
-        if parts.is_absolute() or ".." in parts.parts or not (path / file).parent.resolve().is_relative_to(inside):
+        outside = parts.is_absolute() or ".." in parts.parts or "\0" in file
+        if outside or not (path / file).parent.resolve().is_relative_to(inside):
             raise ModelError(f"{path / INDEX} names {file!r}, which is outside its folder; do not use this model")
 
 
@@ -191,7 +190,7 @@ def _find(folder: ModelFolder, name: str, prefix: str) -> TensorEntry | None:
 
 
 def _check_shapes(parameter: str, shape: tuple[int, ...], entries: Sequence[TensorEntry]) -> None:
-    if len(entries) == 1:
+    if len(entries[0].shape) == len(shape):
         fits = entries[0].shape == shape
     else:  # fused experts: for each expert its matrices, one below the other
         per_expert = len(entries) // shape[0]

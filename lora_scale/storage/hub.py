@@ -20,13 +20,12 @@ def resolve(model: ModelConfig) -> Path:
         return path
     if model.path.startswith(("/", ".", "~")) or model.path.count("/") > 1:
         raise ModelError(f"model.path is {model.path}, which does not exist")
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, snapshot_download
 
     name = f"model.path is {model.path}, which is no folder here"
     at = f" at revision {model.revision}" if model.revision else ""
     try:
-        folder = huggingface_hub.snapshot_download(
+        folder = snapshot_download(
             model.path,
             revision=model.revision,
             allow_patterns=[*PATTERNS, *(["*.py"] if model.trust_remote_code else [])],
@@ -39,7 +38,7 @@ def resolve(model: ModelConfig) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"{name}, and the hub has no such model, or only a private one (`hf auth login`)") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        why = "offline (HF_HUB_OFFLINE)" if huggingface_hub.constants.HF_HUB_OFFLINE else "unreachable"
+        why = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "unreachable"
         raise ModelError(f"{name}{at}; the hub is {why} and its cache does not hold it: download it first") from error
     except errors.HFValidationError as error:
         raise ModelError(f"{name}, and no name that the hub allows") from error

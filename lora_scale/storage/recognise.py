@@ -67,8 +67,9 @@ def refuse_quantised(path: Path, config: dict[str, Any], names: Set[str]) -> Non
     text = config.get("text_config")
     found = config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
     if found:
-        old = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(found) else "an unnamed method"
-        method = str(found.get("quant_method") or old) if isinstance(found, dict) else str(found)
+        keys = found if isinstance(found, dict) else {}
+        old = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(keys) else "an unnamed method"
+        method = str(keys.get("quant_method") or old)
         what, way_out = _QUANTISED.get(method, ("not plain weights", "the checkpoint it was quantised from"))
         raise ModelError(f"{path} is quantised with {method} ({what}), which is not read yet; use {way_out}")
     for name in sorted({"hf_quant_config.json", "quantize_config.json"} & names):

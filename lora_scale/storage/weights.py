@@ -61,7 +61,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]
         end += entry.nbytes
     if end != size:
         what = "is truncated" if size < end else "has bytes that belong to no tensor"
-        raise ModelError(f"{path}: {what}: its header describes {end} bytes, the file has {size}; download it again")
+        raise ModelError(f"{path}: {what}: its header describes {end} bytes, the file has {size}; copy or download it again")
     return {entry.name: entry for entry in entries}, metadata
 
 
@@ -77,12 +77,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
                 if first.startswith(magic) and length > MAX_HEADER_BYTES:
                     raise ModelError(f"{path} {what}")
             if len(first) < 8:
-                raise ModelError(f"{path}: has {size} bytes, too few for a safetensors file; download it again")
+                raise ModelError(f"{path}: has {size} bytes, too few for a safetensors file; copy or download it again")
             if length > MAX_HEADER_BYTES:
                 raise ModelError(f"{path}: is no safetensors file: its first 8 bytes give a header of {length} bytes")
             if 8 + length > size:
                 raise ModelError(
-                    f"{path}: is truncated: its header has {length} bytes, the file has {size}; download it again"
+                    f"{path}: is truncated: its header has {length} bytes, the file has {size}; copy or download it again"
                 )
             raw = os.pread(descriptor, length, 8)
         finally:

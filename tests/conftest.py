@@ -1,0 +1,32 @@
+"""GPU tests are skipped where there is no GPU, and the run ends by saying what was not run here and why."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+NOT_CHOSEN: Counter[str] = Counter()
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        NOT_CHOSEN["long grids: make test-all" if item.get_closest_marker("long") else "left out by -m or -k"] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons = NOT_CHOSEN.copy()
+    for report in terminalreporter.stats.get("skipped", []):
+        reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
+    terminalreporter.section("not run here")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.line(f"{count:5} tests: {reason}")
+    if not reasons:
+        terminalreporter.line("nothing: every test was run")

@@ -1,0 +1,179 @@
+"""Loading: each rank reads its own bytes once, every value arrives, and a fault reaches all ranks as one message."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import tiny_folder
+from training import config, write_rows
+
+from lora_scale.parallel import load, metrics, setup, zero3
+from lora_scale.parallel.engine import ds_config
+from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.errors import LoraScaleError, ModelError
+from lora_scale.storage.folder import fingerprint, open_folder
+
+pytestmark = pytest.mark.ranks
+
+# (model type, dtype in the files, precision of the model, changes to its config)
+FORMS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("llama", "bfloat16", "bf16", {}),
+    ("llama", "float32", "bf16", {"tie_word_embeddings": True}),
+    ("qwen2", "float16", "fp32", {}),
+    ("gemma3_text", "bfloat16", "bf16", {}),
+    ("phi3", "bfloat16", "fp32", {}),
+    ("gpt2", "float32", "fp32", {}),
+    ("falcon", "bfloat16", "bf16", {}),
+]
+
+
+def _partitioner(tree: dict[str, Any]) -> zero3.Partitioner:
+    cfg = RunConfig.model_validate(tree)
+    return zero3.Partitioner(ds_config(cfg, 1, 1000, 1000, []), load.dtype_of(cfg))
+
+
+def loaded_equals_transformers(here: World, trees: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """For each folder the names that differ from `from_pretrained` after a gather, parameters and buffers; must be none."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+
+    wrong = {}
+    for name, tree in trees.items():
+        cfg = RunConfig.model_validate(tree)
+        folder = open_folder(cfg.model.path)
+        model = load.empty(folder, cfg)
+        load.fill(model, folder, here.device, _partitioner(tree) if cfg.parallel.zero_stage == 3 else None)
+        theirs = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=load.dtype_of(cfg))
+        expected = dict(theirs.named_parameters())
+        assert [n for n, _ in model.named_parameters()] == list(expected)
+        wrong[name] = []
+        with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
+            wrong[name] += [n for n, p in model.named_parameters() if not torch.equal(p, expected[n])]
+        buffers = dict(theirs.named_buffers())
+        wrong[name] += [n for n, b in model.named_buffers() if b.dtype != buffers[n].dtype or not torch.equal(b, buffers[n])]
+    return wrong
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_tensor_equals_from_pretrained(ranks: int, tmp_path: Path) -> None:
+    trees = {}
+    for model_type, stored, precision, changes in FORMS:
+        name = f"{model_type} {stored} in {precision}"
+        folder = tiny_folder(tmp_path / name.replace(" ", "-"), model_type, getattr(torch, stored), **changes)
+        for stage in (3, 0) if model_type == "llama" else (3,):
+            changed = {"precision": precision, "parallel__zero_stage": stage}
+            trees[f"{name}, stage {stage}"] = config(folder, tmp_path / "no.jsonl", tmp_path / "run", **changed)
+    for found in run_ranks(ranks, "test_load:loaded_equals_transformers", trees, folder=tmp_path / "ranks"):
+        assert found == dict.fromkeys(trees, [])
+
+
+def bytes_of_loading(here: World, tree: dict[str, Any]) -> dict[str, Any]:
+    """What the kernel says this process read (rchar) for headers, fingerprint and weights; and anonymous memory meanwhile."""
+    cfg = RunConfig.model_validate(tree)
+    load.empty(open_folder(cfg.model.path), cfg)  # imports and caches
+    partitioner = _partitioner(tree) if cfg.parallel.zero_stage == 3 else None
+    before, anonymous = metrics.bytes_read(), metrics.host_memory()["RssAnon"]
+    folder = open_folder(cfg.model.path)
+    on_rank_zero(lambda: fingerprint(folder))
+    model = load.empty(folder, cfg)
+    with _Peak() as peak:
+        loaded = load.fill(model, folder, here.device, partitioner)
+    kept = sum(t.numel() * t.element_size() for t in loaded.partitions.values())
+    digest = hash(tuple(float(t.double().sum()) for t in loaded.partitions.values()))
+    return {
+        "read": metrics.bytes_read() - before,
+        "weights": folder.nbytes,
+        "kept": kept,
+        "extra": peak.value - anonymous - kept,
+        "digest": digest,
+    }
+
+
+class _Peak:
+    """The largest RssAnon seen by a thread that looks every 2 ms."""
+
+    value = 0
+
+    def __enter__(self) -> "_Peak":
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.is_set():
+            self.value = max(self.value, metrics.host_memory()["RssAnon"])
+            time.sleep(0.002)
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 3), (4, 3), (2, 0)])
+def test_bytes_are_read_once(ranks: int, stage: int, tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 4000}
+    folder = tiny_folder(tmp_path / "model", "llama", **shape)
+    tree = config(folder, tmp_path / "no.jsonl", tmp_path / "run", precision="bf16", parallel__zero_stage=stage)
+    found = run_ranks(ranks, "test_load:bytes_of_loading", tree, folder=tmp_path / "ranks")
+    copies = 1 if stage == 3 else ranks
+    together = sum(one["read"] for one in found) / found[0]["weights"] / copies
+    assert 1.0 <= together <= 1.02, f"{ranks} ranks read {together:.4f} of the weights"
+    assert all(one["extra"] < 64 << 20 for one in found), "loading took memory beside the partition"
+    if stage == 3:
+        assert len({one["digest"] for one in found}) == ranks, "two ranks hold the same values"
+
+
+def fails(here: World, tree: dict[str, Any]) -> str:
+    """The message of a load in which one rank alone meets a fault; every rank must get one, soon."""
+    cfg = RunConfig.model_validate(tree)
+    folder = open_folder(cfg.model.path)
+    model = load.empty(folder, cfg)
+    partitioner = _partitioner(tree)
+    on_rank_zero(lambda: None)  # every rank has read the headers
+    if here.is_first:
+        largest = max(folder.files, key=lambda path: path.stat().st_size)
+        with largest.open("r+b") as file:
+            file.truncate(largest.stat().st_size - 1000)
+    on_rank_zero(lambda: None)
+    begin = time.monotonic()
+    try:
+        on_every_rank(lambda: load.fill(model, folder, here.device, partitioner))
+    except LoraScaleError as error:
+        assert time.monotonic() - begin < 20
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.timeout(200)
+def test_a_fault_on_one_rank_reaches_all(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model", "llama", hidden_size=128, intermediate_size=256)
+    tree = config(folder, tmp_path / "no.jsonl", tmp_path / "run")
+    messages = run_ranks(2, "test_load:fails", tree, folder=tmp_path / "ranks")
+    assert all("was changed or cut after its header was read" in message for message in messages), messages
+
+
+def test_buffers_that_nobody_computes_are_refused(tmp_path: Path) -> None:
+    folder = open_folder(tiny_folder(tmp_path / "model"))
+    cfg = RunConfig.model_validate(config(folder.path, tmp_path / "no.jsonl", tmp_path / "run"))
+    model = load.empty(folder, cfg)
+    model.model.register_buffer("mystery", torch.empty(3, device="meta"), persistent=False)  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match=r"buffer model\.mystery .* cannot be computed"):
+        load.rebuild_buffers(model)
+
+
+def test_gradient_checkpointing_is_on_in_train_mode(tmp_path: Path) -> None:
+    """from_pretrained leaves a model in eval mode, where recompute is silently off."""
+    write_rows(tmp_path / "rows.jsonl")
+    tree = config(tiny_folder(tmp_path / "model"), tmp_path / "rows.jsonl", tmp_path / "run", recompute="all")
+    cfg = RunConfig.model_validate(tree)
+    model, _, _ = setup.build_model(cfg, open_folder(cfg.model.path))
+    assert model.training
+    assert all(module.training for module in model.modules())
