@@ -1,7 +1,7 @@
 """A small process that only saves, prunes and resumes, and a parent that kills it around every system call.
 
-`python atomic_worker.py FOLDER KILLS SEED` prints one line of JSON, or fails at the first lie. Imports no torch, so that
-a life takes milliseconds. What a power cut leaves is another test: here every written page survives.
+`python atomic_worker.py FOLDER KILLS SEED` prints one line of JSON, or fails at the first lie. Imports no torch, so
+that a life takes milliseconds. What a power cut leaves is another test: here every written page survives.
 """
 
 import json

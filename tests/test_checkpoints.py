@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def _cut(path: Path) -> None:
     os.truncate(path / "adapter_model.safetensors", 50)
 
 
+def _replace_by_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no state": (
         lambda path: (path / "state.json").unlink(),
@@ -54,11 +60,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensors cut": (
         _cut,
-        "{}/adapter_model.safetensors: is truncated: its header has 56 bytes, the file has 50; copy or download it again",
+        "{}/adapter_model.safetensors: is truncated: its header has 56 bytes, the file has 50; "
+        "copy or download it again",
     ),
     "no tensors": (lambda path: (path / "adapter_model.safetensors").unlink(), "{} has no safetensors files"),
     "a file": (
-        lambda path: [child.unlink() for child in path.iterdir()] and path.rmdir() or path.write_text(""),
+        _replace_by_a_file,
         "{}/state.json cannot be read: Not a directory",
     ),
 }

@@ -62,7 +62,7 @@ def test_an_existing_folder_is_never_replaced(tmp_path: Path, existing: str) -> 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_any_call_may_fail_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """The nth call of a kind fails with a full disk: an error, and no folder under the final name that was not synced."""
+    """The nth call of a kind fails with a full disk: an error, and nothing, or all of it, under the final name."""
     real, count, n = getattr(os, call), 0, 0
 
     def failing(*args: object, **kwargs: object) -> object:

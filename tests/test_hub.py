@@ -115,7 +115,9 @@ def test_code_is_downloaded_only_when_trusted(requests: list[str]) -> None:
     assert names(hub.resolve(ModelConfig(path="org/model", trust_remote_code=True))) == NEEDED | {"modeling_my.py"}
 
 
-def test_a_folder_never_touches_the_network(requests: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_never_touches_the_network(
+    requests: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also one whose name could be a repository's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -131,7 +131,7 @@ def test_a_run_resumes_only_onto_itself() -> None:
         checkpoint.check_resumable(saved, _state(base_fingerprint="sha256:2"), Path("c"))
     with pytest.raises(CheckpointError, match=r"lora\.r: 8 -> 16"):
         checkpoint.check_resumable(saved, _state(lora={"r": 16}), Path("c"))
-    with pytest.raises(CheckpointError, match=r"data\.fingerprint: a -> b"):
+    with pytest.raises(CheckpointError, match=r"data\.fingerprint: 'a' -> 'b'"):
         checkpoint.check_resumable(saved, _state(data={"fingerprint": "b"}), Path("c"))
     with pytest.raises(CheckpointError, match="global_batch_size: 4 -> 8"):
         checkpoint.check_resumable(saved, _state(global_batch_size=8), Path("c"))

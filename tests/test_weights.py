@@ -189,7 +189,8 @@ DAMAGED = {
     ),
     "one byte too many": (
         file_of(GOOD, bytes(17)),
-        "{}: has bytes that belong to no tensor: its header describes 216 bytes, the file has 217; copy or download it again",
+        "{}: has bytes that belong to no tensor: its header describes 216 bytes, the file has 217; "
+        "copy or download it again",
     ),
 }
 

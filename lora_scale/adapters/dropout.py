@@ -44,7 +44,8 @@ class DropoutContext:
     def drop(self, x: Tensor, module: str, probability: float, first_feature: int = 0) -> Tensor:
         """`x` (batch, sequence, features) with zeros where the mask says so, the rest times 1 / (1 - probability).
 
-        `x` may also be (batch * sequence, features). A rank that holds features [a, b) of `x` passes first_feature=a and gets its slice of the whole result.
+        `x` may also be (batch * sequence, features). A rank that holds features [a, b) of it passes first_feature=a and
+        gets its slice of the whole result.
         """
         tokens = self._tokens(module)
         if x.shape[:-1] == (tokens.numel(),):  # OPT's MLP works on (batch * sequence, features)

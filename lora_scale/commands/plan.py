@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from lora_scale.spec import configfile, cost, hardware, named, targets
 from lora_scale.spec.architecture import Architecture
@@ -222,8 +221,12 @@ def _jobs(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _table(lines: list[list[str]], *headers: str) -> str:
-    align = ("left", *("right" for _ in headers[1:]))
-    return tabulate(lines, headers, tablefmt="simple", colalign=align, disable_numparse=True)
+    """Plain text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
+    rows = [list(headers), ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in rows
+    )
 
 
 def size_text(nbytes: int) -> str:

@@ -148,9 +148,8 @@ def restore(ds: Any, values: Mapping[str, Mapping[str, Tensor]], step: int) -> N
             p.view(optimizer, what).copy_(piece)
             if what == VALUE and p.working is not None:
                 p.working.copy_(piece)
-    for group in optimizer.param_groups:
-        for flat in group["params"]:
-            _state(optimizer, flat)["step"].fill_(float(step))
+        if p.flat is not None:  # not from param_groups: DeepSpeed's stage 3 keeps those empty between steps
+            _state(optimizer, p.flat)["step"].fill_(float(step))
 
 
 def _batches(found: list[Part]) -> Iterator[list[Part]]:

@@ -22,7 +22,7 @@ FP32 = 4
 ADAM = 8  # exp_avg and exp_avg_sq, fp32
 REDUCE_BUCKET = 50_000_000  # elements at most; the smaller of this and what trains
 MIXED_ADAM = 16  # bytes a parameter: bf16 weight 2 and gradient 2, fp32 master 4, Adam 8 (arXiv 1910.02054)
-NOT_COUNTED = "CUDA context, NCCL buffers, allocator waste, all-gather copies in flight, host memory"
+NOT_COUNTED = "CUDA context, NCCL, allocator waste, copies in flight, buckets of ZeRO-1 and 2, host memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def accumulation_steps(cfg: RunConfig, ranks: int) -> int:
 
 
 def model_states(model: Architecture, cfg: RunConfig, ranks: int) -> States:
-    """Bytes held when gradients and Adam's moments are both there: at the end of a backward pass."""
+    """Bytes held when gradients and Adam's moments are both there: at the end of a step's last backward pass."""
     frozen = [] if cfg.method == "full" else [p.shape for p in model.parameters]
     return states(frozen, trained_shapes(model, cfg), cfg, ranks)
 
@@ -116,25 +116,57 @@ def states(frozen: Iterable[Shape], trained: Sequence[Shape], cfg: RunConfig, ra
     trains end to end, tensors that decay apart from those that do not, padded to a multiple of 2 x ranks elements."""
     stage, width = cfg.parallel.zero_stage, ITEMSIZE[cfg.precision]
     trained_width = width if cfg.method == "full" else FP32
-    cut = ranks if stage == 3 else 1
-    base = width * sum(ceil(prod(shape) / cut) for shape in frozen)
+    base = width * sum(ceil(prod(shape) / (ranks if stage == 3 else 1)) for shape in frozen)
+    groups = [[prod(s) for s in trained if (len(s) >= 2) is decays] for decays in (True, False)]
+    if stage == 0:
+        whole = numel(trained)
+        return States(base=base, trained=FP32 * whole, master=0, gradients=FP32 * whole, adam=ADAM * whole, bucket=0)
     if stage == 3:
         held = part = sum(ceil(prod(shape) / ranks) for shape in trained)
-    elif stage == 0:
-        held, part = numel(trained), 0
+        gradients, bucket = FP32 * part, FP32 * reduce_bucket(numel(trained))
     else:
-        groups = (numel(s for s in trained if len(s) >= 2), numel(s for s in trained if len(s) < 2))
-        held = sum(ceil(n / (2 * ranks)) * 2 * ranks for n in groups)
-        part = held // ranks
-    accumulates = cfg.train.global_batch_size > cfg.train.micro_batch_size * ranks
+        held = sum(_padded(group, ranks) for group in groups)
+        part, bucket = held // ranks, 0
+        gradients = _gradients(groups, held, trained_width, cfg, ranks)
     return States(
         base=base,
         trained=trained_width * held,
         master=FP32 * part,
-        gradients=FP32 * (numel(trained) if stage == 0 or (stage == 1 and accumulates) else part),
-        adam=ADAM * (part if stage else held),
-        bucket=FP32 * reduce_bucket(numel(trained)) if stage == 3 else 0,
+        gradients=gradients,
+        adam=ADAM * part,
+        bucket=bucket,
     )
+
+
+def _gradients(groups: Sequence[Sequence[int]], held: int, trained_width: int, cfg: RunConfig, ranks: int) -> int:
+    """Stages 1 and 2: bytes of gradients on the rank that holds most."""
+    whole = sum(map(sum, groups))
+    accumulates = cfg.train.global_batch_size > cfg.train.micro_batch_size * ranks
+    if cfg.parallel.zero_stage == 1 and trained_width != FP32:
+        return FP32 * held + trained_width * whole  # DeepSpeed's bf16 optimizer keeps an fp32 sum beside every .grad
+    if cfg.parallel.zero_stage == 1 and accumulates:
+        return FP32 * whole  # cut only after the last micro-batch
+    if trained_width != FP32:
+        return FP32 * (held // ranks)
+    return FP32 * max(_overlapping(groups, ranks))
+
+
+def _overlapping(groups: Sequence[Sequence[int]], ranks: int) -> list[int]:
+    """Elements of the tensors that reach into each rank's part, whole: fp32 gradients are kept as views into them."""
+    per_rank = [0] * ranks
+    for group in groups:
+        part, start = _padded(group, ranks) // ranks, 0
+        for size in group:
+            for rank in range(start // part, (start + size - 1) // part + 1):
+                per_rank[rank] += size
+            start += size
+        for rank in range(ranks):
+            per_rank[rank] += max(0, (rank + 1) * part - max(start, rank * part))
+    return per_rank
+
+
+def _padded(group: Sequence[int], ranks: int) -> int:
+    return ceil(sum(group) / (2 * ranks)) * 2 * ranks
 
 
 def reduce_bucket(trained: int) -> int:

@@ -61,7 +61,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]
         end += entry.nbytes
     if end != size:
         what = "is truncated" if size < end else "has bytes that belong to no tensor"
-        raise ModelError(f"{path}: {what}: its header describes {end} bytes, the file has {size}; copy or download it again")
+        raise ModelError(
+            f"{path}: {what}: its header describes {end} bytes, the file has {size}; copy or download it again"
+        )
     return {entry.name: entry for entry in entries}, metadata
 
 
@@ -82,7 +84,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
                 raise ModelError(f"{path}: is no safetensors file: its first 8 bytes give a header of {length} bytes")
             if 8 + length > size:
                 raise ModelError(
-                    f"{path}: is truncated: its header has {length} bytes, the file has {size}; copy or download it again"
+                    f"{path}: is truncated: its header has {length} bytes, the file has {size}; "
+                    f"copy or download it again"
                 )
             raw = os.pread(descriptor, length, 8)
         finally:
