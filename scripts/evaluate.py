@@ -1,22 +1,20 @@
 #!/usr/bin/env python3
 """ROUGE-L of greedy completions on held-out rows: the base, the base with the adapter, and a baseline without a model.
 
-Loads the exported adapter with PEFT in a process of its own and imports nothing of lora_scale: it shows what another
-user of the adapter gets. Knows the columns `prompt` and `completion`.
+Loads the exported adapter with PEFT in a process of its own, without lora_scale: it shows what another user of the
+adapter gets. Only the record's origin (commit, versions) is lora_scale's. Knows the columns `prompt` and `completion`.
 
     python scripts/evaluate.py --adapter exports/smollm2-synopsis                 # 50 rows
     python scripts/evaluate.py --adapter ... --limit 0 --batch-size 256 --out r.json   # the whole test set
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -36,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, required=True, help="a PEFT adapter's folder")
     parser.add_argument("--data", type=Path, default=Path("data/synopsis/test.jsonl"))
     parser.add_argument("--limit", type=int, default=50, help="use the first so many rows; 0: all")
-    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -70,15 +68,23 @@ def completions(
 ) -> list[str]:
     """The first line of each greedy completion. Prompts of like length share a batch."""
     import torch
+    from transformers import StoppingCriteriaList
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     lines = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True).to(model.device)
+        start_of_new = batch["input_ids"].shape[1]
+
+        def has_first_line(ids: Any, scores: Any, skip: int = start_of_new, **_: Any) -> Any:
+            texts = tokenizer.batch_decode(ids[:, skip:], skip_special_tokens=True)
+            return torch.tensor(["\n" in text.lstrip() for text in texts], device=ids.device)
+
+        stop = StoppingCriteriaList([has_first_line])
         with torch.inference_mode():
-            tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        new_tokens = tokens[:, batch["input_ids"].shape[1] :]
+            tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=stop)
+        new_tokens = tokens[:, start_of_new:]
         for i, text in zip(chosen, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
             lines[i] = text.strip().split("\n")[0].strip()
         if sys.stdout.isatty():
@@ -110,15 +116,16 @@ def record_of(args: argparse.Namespace, results: dict[str, Any]) -> dict[str, An
     """What is needed to repeat the measurement, and the results."""
     import torch
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
-    if git.returncode or changes.stdout.strip():
+    from lora_scale.storage import provenance
+
+    commit = provenance.commit()
+    if commit is None or "+" in commit:
         raise SystemExit("evaluate: --out needs a git checkout without uncommitted changes; a record names its commit")
     on_gpu = torch.device(args.device).type == "cuda"
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": git.stdout.strip(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "commit": commit,
+        "versions": provenance.versions(),
         "hardware": torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine(),
         **results,
     }

@@ -115,7 +115,7 @@ def test_a_failing_apt_is_quoted_and_leaves_nothing_behind(tmp_path: Path) -> No
     fake = tmp_path / "bin" / "apt-get"
     fake.parent.mkdir()
     fake.write_text(
-        "#!/bin/sh\ncase \"$*\" in *--print-uris*) echo \"'http://m/debian/dists/sid/InRelease' x 0 \";; "
+        '#!/bin/sh\ncase "$*" in *--print-uris*) echo "\'http://m/debian/dists/sid/InRelease\' x 0 ";; '
         "*) echo 'E: Unable to locate the mirror' >&2; exit 100;; esac\n"
     )
     fake.chmod(0o755)

@@ -23,7 +23,7 @@ STATES = {  # category of cost.States: how the table calls it
     "base": "base weights, frozen",
     "trained": "weights that train",
     "master": "their fp32 copy",
-    "gradients": "their gradients, fp32",
+    "gradients": "their gradients",
     "adam": "Adam's two moments, fp32",
     "bucket": "gradient bucket",
 }
@@ -56,7 +56,7 @@ def command(
 
     Exit codes: 0 fits (or no --gpu was given), 2 wrong usage, config or model, 3 does not fit.
     """
-    ranks, memory = nodes * gpus_per_node, hardware.memory_gib(gpu) if gpu else None
+    ranks, memory = nodes * gpus_per_node, None if gpu is None else hardware.memory_gib(gpu)
     cfg = _config(arguments, shape, ranks)
     model, source, notes = _model(cfg, shape)
     row = cost.plan(model, cfg, ranks)

@@ -150,7 +150,7 @@ def fingerprint(folder: ModelFolder) -> str:
                 result.update(json.dumps([entry.name, where, entry.dtype, entry.shape, entry.offset]).encode() + sample)
             return result.digest()
 
-        digests = b"".join(pool.map(digest, sorted(by_file)))
+        digests = b"".join(pool.map(digest, by_file))
     return f"sha256:{hashlib.sha256(digests).hexdigest()}"
 
 

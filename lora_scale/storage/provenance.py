@@ -1,6 +1,7 @@
 """Where a result comes from: the command, the commit of this program, the versions of what it stands on. No heavy import."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -23,7 +24,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree that this code runs from, with `+changes` when files differ from it; None for an installed package."""
+    """The commit of the source tree that this code runs from, with `+changes` when files differ from it.
+
+    None for an installed package; LORA_SCALE_COMMIT tells it for a copy of the tree without its .git.
+    """
+    if given := os.environ.get("LORA_SCALE_COMMIT"):
+        return given
     root = Path(lora_scale.__file__).parent.parent
     if not (root / ".git").exists():
         return None

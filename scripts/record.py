@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Records of measured runs, and the tables made from them. A figure in docs/benchmarks/ comes from a record or is not there.
+
+    python scripts/record.py make --out docs/benchmarks/NAME.json --skip 3 RUN... [--peer NAME=OUTPUT.txt]...
+    python scripts/record.py tables docs/benchmarks          writes README.md there from every record
+
+`make` reads run directories of `lora-scale train`, and outputs of peers' scripts that print one line `RESULT {json}`. A record
+of a tree with uncommitted changes is refused, unless the records' commit is given by LORA_SCALE_COMMIT (a copy without .git).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from lora_scale.storage import provenance
+from lora_scale.storage.runlog import read_manifest, read_metrics, read_resolved_config
+
+GIB, GB = 1 << 30, 1e9
+
+
+def of_run(run: Path, skip: int) -> dict[str, Any]:
+    """One row of a record: medians over the steps after the first `skip`, with the quartiles as spread."""
+    manifest, config = read_manifest(run), read_resolved_config(run)
+    rows = [row for row in read_metrics(run) if "loss" in row]
+    measured = rows[skip:]
+    if len(measured) < 5:
+        raise SystemExit(f"{run}: {len(rows)} steps, of which {skip} are skipped; at least 5 are needed for a median")
+    seconds = sorted(row["seconds"] for row in measured)
+    memory = measured[-1]["memory"]
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return {
+        "name": run.name,
+        "who": "lora_scale",
+        "command": " ".join(manifest["command"]),
+        "ranks": manifest["ranks"],
+        "device": manifest["hardware"]["device"],
+        "parameters": manifest["parameters"],
+        "method": config["method"],
+        "zero_stage": config["parallel"]["zero_stage"],
+        "recompute": config["recompute"],
+        "seq_len": config["data"]["seq_len"],
+        "blocks_a_pass": config["train"]["micro_batch_size"],
+        "tokens_a_step": round(statistics.median(row["tokens"] for row in measured)),
+        "steps": {"measured": len(measured), "skipped": skip},
+        "step_seconds": {"median": statistics.median(seconds), "quartiles": [low, high]},
+        "tokens_per_second": round(statistics.median(row["tokens_per_second"] for row in measured), 1),
+        "tflops_4n": round(statistics.median(row["tflops_4n"] for row in measured), 1),
+        "peak_gib": memory.get("peak_gib"),
+        "reserved_gib": memory.get("peak_reserved_gib"),
+        "host_rss_peak_gib": memory["rss_peak_gib"],
+        "load_seconds": manifest["load"]["seconds"],
+        "load_gb_a_rank": round(manifest["load"]["bytes"] / GB, 3),
+        "save_seconds": next((round(row["save_seconds"], 3) for row in rows if "save_seconds" in row), None),
+        "first_loss": rows[0]["loss"],
+        "last_loss": rows[-1]["loss"],
+        "val_loss": [row["val_loss"] for row in read_metrics(run) if "val_loss" in row],
+    }
+
+
+def of_peer(name: str, output: Path) -> dict[str, Any]:
+    """The same fields from a peer script's RESULT line; it takes its median itself and counts in GB."""
+    line = next((line for line in output.read_text().splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise SystemExit(
+            f"{output}: no RESULT line; the peer failed, which a record does not hide: leave it out and say so"
+        )
+    found = json.loads(line.removeprefix("RESULT "))
+    return {
+        "name": name,
+        "who": found["peer"],
+        "ranks": found["world"],
+        "method": found["method"],
+        "seq_len": found["seq"],
+        "blocks_a_pass": found["mb"],
+        "step_seconds": {"median": found["step_s"]},
+        "tokens_per_second": found["tok_s"],
+        "tflops_4n": found["tflops_4n_per_gpu"],
+        "peak_gib": round(found["peak_gb"] * GB / GIB, 2),
+        "reserved_gib": round(found["reserved_gb"] * GB / GIB, 2),
+        "load_seconds": found["load_s"],
+        "save_seconds": found["save_s"],
+        "first_loss": found["loss"][0],
+        "last_loss": found["loss"][-1],
+    }
+
+
+def make(arguments: argparse.Namespace) -> None:
+    commit = provenance.commit()
+    if not commit or commit.endswith("+changes"):
+        raise SystemExit("record: the tree has uncommitted changes, or no commit is known; commit first")
+    peers = [pair.partition("=") for pair in arguments.peer]
+    record = {
+        "title": arguments.title,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "versions": read_manifest(arguments.runs[0])["versions"],
+        "hardware": read_manifest(arguments.runs[0])["hardware"],
+        "rows": [of_run(run, arguments.skip) for run in arguments.runs]
+        + [of_peer(name, Path(output)) for name, _, output in peers],
+    }
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def tables(arguments: argparse.Namespace) -> None:
+    text = [
+        "# Benchmarks",
+        "",
+        "Made from the records in this folder by `python scripts/record.py tables docs/benchmarks`.",
+        "",
+    ]
+    for path in sorted(arguments.folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        if "rows" in record:
+            text += _table(path.name, record)
+    (arguments.folder / "README.md").write_text("\n".join(text).rstrip() + "\n")
+
+
+def _table(file: str, record: dict[str, Any]) -> list[str]:
+    versions, hardware = record["versions"], record["hardware"]
+    lines = [
+        f"## {record['title']}",
+        "",
+        f"{hardware['device']}; torch {versions['torch']}, deepspeed {versions['deepspeed']}, transformers "
+        f"{versions['transformers']}; commit `{record['commit'][:10]}`; record [{file}]({file}).",
+        "",
+        "| run | who | ranks | tokens/s | TFLOP/s a GPU | step, s (quartiles) | peak / reserved GiB | load s | save s |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in record["rows"]:
+        step = row["step_seconds"]
+        spread = " ({:.3f}-{:.3f})".format(*step["quartiles"]) if "quartiles" in step else ""
+        memory = f"{row['peak_gib']:.1f} / {row['reserved_gib']:.1f}" if row["peak_gib"] else "-"
+        save = f"{row['save_seconds']:.2f}" if row["save_seconds"] is not None else "-"
+        lines.append(
+            f"| {row['name']} | {row['who']} | {row['ranks']} | {row['tokens_per_second']:,.0f} | {row['tflops_4n']:.0f} "
+            f"| {step['median']:.3f}{spread} | {memory} | {row['load_seconds']:.1f} | {save} |"
+        )
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    one = verbs.add_parser("make")
+    one.add_argument("runs", nargs="+", type=Path)
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--title", required=True)
+    one.add_argument("--skip", type=int, default=3, help="steps left out at the start")
+    one.add_argument("--peer", action="append", default=[], help="NAME=FILE with a RESULT line")
+    one.set_defaults(do=make)
+    all_of_them = verbs.add_parser("tables")
+    all_of_them.add_argument("folder", type=Path)
+    all_of_them.set_defaults(do=tables)
+    arguments = parser.parse_args()
+    arguments.do(arguments)
+
+
+if __name__ == "__main__":
+    main()
