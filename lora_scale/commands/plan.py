@@ -15,25 +15,10 @@ from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import DoesNotFitError, ModelError, UsageError
 from lora_scale.spec.shapes import BUILDERS, architecture, from_tensors
+from lora_scale.spec.wording import ESTIMATES, GIB, STATES, binary, decimal
 from lora_scale.storage.folder import ModelFolder, open_folder, sources
 
-GIB, MIB = 1 << 30, 1 << 20
 NOTHING = ""  # an empty cell: the figure does not exist, or is 0
-STATES = {  # category of cost.States: how the table calls it
-    "base": "base weights, frozen",
-    "trained": "weights that train",
-    "master": "their fp32 copy",
-    "gradients": "their gradients",
-    "adam": "Adam's two moments, fp32",
-    "bucket": "gradient bucket",
-}
-ESTIMATES = {
-    "gathered": "gathered: 2 layers",
-    "layer_inputs": "inputs of recomputed layers",
-    "layers_kept": "activations of the other layers",
-    "one_layer": "activations of 1 layer, recomputed",
-    "logits": "or logits and loss, if larger",
-}
 PAPER = ("LoRA paper (2106.09685), quoted, not computed", "1.2 TB", "350 GB", "3.4x")
 
 
@@ -138,13 +123,13 @@ def _answer(run: dict[str, Any], memory: float | None, ranks: int) -> tuple[str,
     """The first line, and whether the run fits (None: it was not said on what)."""
     held, whole = run["model_states"]["total"], run["model_states"]["total"] + run["estimates"]["total"]
     if memory is None:
-        return f"model states: {size_text(held)} a GPU on {_gpus(ranks)}, about {size_text(whole)} with estimates", None
+        return f"model states: {binary(held)} a GPU on {_gpus(ranks)}, about {binary(whole)} with estimates", None
     of = f"of {memory:g} GiB a GPU on {_gpus(ranks)}"
     if held > memory * GIB:
-        return f"does not fit: model states alone are {size_text(held)} {of}", False
+        return f"does not fit: model states alone are {binary(held)} {of}", False
     verdict = "fits" if whole <= memory * GIB else "does not fit, by estimate"
     return (
-        f"{verdict}: model states {size_text(held)}, about {size_text(whole)} with estimates, {of}",
+        f"{verdict}: model states {binary(held)}, about {binary(whole)} with estimates, {of}",
         verdict == "fits",
     )
 
@@ -180,12 +165,12 @@ def _memory_table(row: dict[str, Any]) -> str:
     lines: list[list[str]] = []
     for kind, labels in (("model_states", STATES), ("estimates", ESTIMATES)):
         for name, label in labels.items():
-            cells = [size_text(job[kind][name]) if job[kind][name] else NOTHING for job in jobs.values()]
+            cells = [binary(job[kind][name]) if job[kind][name] else NOTHING for job in jobs.values()]
             if any(cells):
                 lines.append([label, *cells])
         if kind == "model_states":
-            lines.append(["= model states, exact", *(size_text(job[kind]["total"]) for job in jobs.values())])
-    whole = [size_text(job["model_states"]["total"] + job["estimates"]["total"]) for job in jobs.values()]
+            lines.append(["= model states, exact", *(binary(job[kind]["total"]) for job in jobs.values())])
+    whole = [binary(job["model_states"]["total"] + job["estimates"]["total"]) for job in jobs.values()]
     lines.append(["= with the estimates above", *whole])
     return _table(lines, "on each GPU", *jobs)
 
@@ -193,8 +178,8 @@ def _memory_table(row: dict[str, Any]) -> str:
 def _disk_table(row: dict[str, Any]) -> str:
     jobs = _jobs(row)
     lines = [
-        ["export, 16 bits", *(size_text(job["export"]) for job in jobs.values())],
-        ["training checkpoint", *(size_text(job["checkpoint"]) for job in jobs.values())],
+        ["export, 16 bits", *(binary(job["export"]) for job in jobs.values())],
+        ["training checkpoint", *(binary(job["checkpoint"]) for job in jobs.values())],
     ]
     return _table(lines, "on disk", *jobs)
 
@@ -209,7 +194,7 @@ def _job_table(row: dict[str, Any], shape: str | None) -> str:
     ):
         full = each * whole
         run = full if "full_fine_tuning" not in row else 2 * whole + each * trained
-        lines.append([f"{label} a parameter, computed", _decimal(full), _decimal(run), f"{full / run:.1f}x"])
+        lines.append([f"{label} a parameter, computed", decimal(full), decimal(run), f"{full / run:.1f}x"])
     if shape == "gpt3-175b":
         lines.append(list(PAPER))
     return _table(lines, "model states, all GPUs together", "full fine-tuning", "this run", "ratio")
@@ -227,13 +212,3 @@ def _table(lines: list[list[str]], *headers: str) -> str:
     return "\n".join(
         "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in rows
     )
-
-
-def size_text(nbytes: int) -> str:
-    """In GiB, or in MiB below one."""
-    return f"{nbytes / GIB:,.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:,.1f} MiB"
-
-
-def _decimal(nbytes: int) -> str:
-    """In TB or GB, by thousands."""
-    return f"{nbytes / 1e12:.1f} TB" if nbytes >= 1e12 else f"{nbytes / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""`lora-scale train`: from a config to a checkpoint. Set-up is a list of named steps; the loop is whole, in order, here."""
+"""`lora-scale train`: from a config to a checkpoint. Set-up is a list of named steps; the loop stands whole."""
 
 import contextlib
 import faulthandler
@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from lora_scale.parallel import checkpoint, guards, local, metrics, setup, world
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.errors import CheckpointError, InterruptedRunError, LoraScaleError
+from lora_scale.spec.errors import CheckpointError, ConfigError, InterruptedRunError, LoraScaleError, UsageError
 from lora_scale.spec.schedule import learning_rate
-from lora_scale.storage import checkpoints, console, durable, provenance
-from lora_scale.storage.console import Console, StopRequest, bar
+from lora_scale.storage import checkpoints, console, durable, provenance, runlog
+from lora_scale.storage.console import Console, StopRequest, bar, size
 from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 
 
@@ -42,12 +43,17 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None
     Started by a launcher it is one rank. Started by hand with more than one rank it runs the deepspeed launcher and
     prints the equivalent command. The same command again goes on from the newest checkpoint (resume: auto).
 
-    Exit codes: 0 finished, 1 stopped by a fault or a guard, 2 wrong usage, config, model, data or checkpoint,
-    75 interrupted but resumable.
+    Ctrl-C or SIGTERM, SIGUSR1: the step under way is finished and saved, and the exit code is 75.
+
+    Exit codes: 0 finished, 1 stopped by a fault or a guard, 2 wrong usage, config, model, data or checkpoint, 3 out of
+    memory, 75 interrupted but resumable.
     """
     here = world.from_environment()
     try:
+        if here and ranks:
+            raise UsageError(f"--ranks is {ranks}, but {here.launcher} started {here.size} already; leave --ranks out")
         cfg = configfile.load(config, overrides)
+        log = _log_path(cfg, here.rank if here else 0)
     except LoraScaleError as error:
         if here and here.local_rank:  # every rank reads the same file: one a host says what is wrong with it
             sys.exit(error.exit_code)
@@ -55,60 +61,93 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None
     if here is None and (count := ranks or local.default_ranks()) > 1:
         arguments = ["train", str(config), *overrides]
         click.echo(f"{count} local ranks: {local.shown(count, arguments)}")
-        sys.exit(local.run(count, arguments))
-    sys.exit(_guarded(cfg, config, here))
+        sys.exit(local.run(count, arguments, cfg.run_dir))
+    sys.exit(_guarded(cfg, config, here, log))
 
 
-def _guarded(cfg: RunConfig, config: Path, here: World | None) -> int:
+def _log_path(cfg: RunConfig, rank: int) -> Path:
+    try:
+        return log_path(cfg.run_dir, rank)
+    except OSError as error:
+        where = f"run_dir is {cfg.run_dir}, where no log can be written"
+        raise ConfigError(f"{where} ({error.filename}: {error.strerror}); set another run_dir") from error
+
+
+def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path) -> int:
     """Run, and let exactly one rank tell the screen what went wrong, after everything else, with its log's path."""
-    rank = here.rank if here else 0
+    rank, token, code = here.rank if here else 0, world.launch_token(here), 0
     screen = Console(rank)
-    log = log_path(cfg.run_dir, rank)
     screen.redirect(log)
     faulthandler.enable()
-    try:
-        here = world.start(here, cfg.parallel.timeout_minutes)
-        run(cfg, config, here, screen)
-    except LoraScaleError as error:
-        traceback.print_exc()
-        if console.claim(cfg.run_dir, world.launch_token()):
-            screen.error(f"lora-scale: {error}\n  log: {log}")
-        world.stop()
-        return error.exit_code
-    except BaseException as error:
-        traceback.print_exc()
-        if console.claim(cfg.run_dir, world.launch_token()):
-            screen.error(f"lora-scale: rank {rank} failed: {type(error).__name__}: {error}\n  log: {log}")
-        sys.stderr.flush()
-        os._exit(1)  # the others are in a collective: there is no orderly way out, and they must not wait for us
+    with StopRequest(screen, lambda: console.is_claimed(cfg.run_dir, token)) as stop:
+        try:
+            here = world.start(here, cfg.parallel.timeout_minutes)
+            token = on_rank_zero(lambda: token)  # one for all hosts
+            run(cfg, config, here, screen, stop, token)
+        except LoraScaleError as error:
+            code = error.exit_code
+            traceback.print_exc()
+            if console.claim(cfg.run_dir, token):
+                screen.error(_told(error, log))
+        except BaseException as error:
+            code, text = _fault(error, rank)
+            traceback.print_exc()
+            if console.claim(cfg.run_dir, token):
+                screen.error(f"lora-scale: error: {text}\n  log: {log}")
+            sys.stdout.flush()
+            os._exit(code)  # the others are in a collective: there is no orderly way out, and they must not wait for us
     world.stop()
-    return 0
+    return code
 
 
-def run(cfg: RunConfig, config: Path, here: World, screen: Console) -> None:
+def _told(error: LoraScaleError, log: Path) -> str:
+    """An error of the user's, or a guard's, as the screen shows it; an interruption is none."""
+    if isinstance(error, InterruptedRunError):
+        return f"lora-scale: {error}"
+    return "".join(f"lora-scale: error: {line}\n" for line in str(error).splitlines()) + f"  log: {log}"
+
+
+def _fault(error: BaseException, rank: int) -> tuple[int, str]:
+    """Exit code and one line for what nobody expected; the traceback is in the log."""
+    first = (str(error).splitlines() or [""])[0]
+    match error:
+        case KeyboardInterrupt():
+            return 130, "stopped with Ctrl-C, without a checkpoint; the same command goes on from the last one"
+        case torch.OutOfMemoryError():
+            return 3, f"rank {rank}: {first} Set recompute=all, or a smaller train.micro_batch_size or data.seq_len"
+        case _:
+            return 1, f"rank {rank} failed: {type(error).__name__}: {first}"
+
+
+def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str) -> None:
     """One rank's whole run."""
+    kept: list[Any] = []  # what stays with the first rank: the lock and the log
+    on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
     folder, identity = setup.open_base(cfg, screen)
-    resume = on_rank_zero(lambda: _find_checkpoint(cfg))
+    resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
     data = setup.read_data(cfg, folder, here)
     setup.say_data(cfg, data, here, screen)
-    model, dropout, notes = on_every_rank(lambda: setup.build_model(cfg, folder))
+    saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
+    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
-    for note in (*data.notes, *notes):
+    for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")
-    step, tokens_seen = _restore(job, resume) if resume else (0, 0)
-    logs: list[RunLog] = []
-    on_rank_zero(lambda: logs.append(_open_log(job, config, step)))  # stays with the first rank
+    if resume and saved:
+        checkpoint.restore(job.engine, resume, saved, job.key)
+        screen.line(f"resumed  {resume}: {saved.step} of {data.plan.total_steps} steps are done")
+    step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
+    on_rank_zero(lambda: kept.append(_open_log(job, config, step)))
     with contextlib.ExitStack() as stack:
-        _loop(job, stack.enter_context(logs[0]) if logs else None, screen, step, tokens_seen)
+        _loop(job, stack.enter_context(kept[-1]) if kept else None, screen, stop, step, tokens_seen)
 
 
-def _loop(job: Job, log: RunLog | None, screen: Console, first: int, tokens_seen: int) -> None:
+def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, first: int, tokens_seen: int) -> None:
     """The steps from `first` (finished ones are not repeated) to the last."""
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
     if first >= total:
         screen.line(f"finished already: {first} of {total} steps. A larger train.max_steps or train.epochs goes on")
         return
-    learning, stop, val_loss = guards.LearningGuard(engine.ds), StopRequest(), None
+    learning, val_loss = guards.LearningGuard(engine.ds), None
     if data.validation and first == 0:
         val_loss = engine.evaluate(data.validation)
         screen.line(f"before   val_loss {val_loss:.4f}")
@@ -116,23 +155,29 @@ def _loop(job: Job, log: RunLog | None, screen: Console, first: int, tokens_seen
             log.write_row({"step": 0, "val_loss": val_loss})
     metrics.reset_peak(job.world.device)
     started = time.perf_counter()
+    stop.in_loop = True
     for number, step in enumerate(data.plan.steps(first), start=first):
         begin, done = time.perf_counter(), number + 1
         lr = learning_rate(number, total, cfg.train)
         result = engine.train_step(step, number, lr, stop.asked)
-        guards.check_finite(done, result.loss, result.grad_norm, step.names)
+        guards.check_finite(done, result, step.names)
         learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens
         row = metrics.row(done, result, lr, step.tokens, time.perf_counter() - begin, job.world, job.flops_per_token)
         last = done == total or result.stop
         if data.validation and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
             row["val_loss"] = val_loss = engine.evaluate(data.validation)
-        if last or (cfg.save.every and done % cfg.save.every == 0):
-            path, row["save_seconds"] = _save(job, done, tokens_seen)
+        saves = last or (cfg.save.every and done % cfg.save.every == 0)
         if log:
-            log.write_row(row)
-        screen.live(lambda row=row: _line(row, total, first, val_loss, started), force=done in (first + 1, total))
-    screen.line(f"saved    {path} ({checkpoints.nbytes(path) / 2**20:.1f} MiB)")
+            log.write_row(row, sync=saves)  # before the save: a run that resumes from it finds all its rows
+        if saves:
+            path, seconds = _save(job, done, tokens_seen)
+            print(f"saved {path} in {seconds:.2f} s", flush=True)  # into the log
+            if log:
+                log.add_to_row(save_seconds=seconds)
+        shown = (row, total, first, val_loss, started)
+        screen.live(lambda shown=shown: _line(*shown), force=done in (first + 1, total))
+    screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})")
     if done < total:
         raise InterruptedRunError(
             f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there"
@@ -154,28 +199,60 @@ def _line(row: dict[str, Any], total: int, first: int, val_loss: float | None, s
     return text
 
 
-def _find_checkpoint(cfg: RunConfig) -> Path | None:
-    """Where to go on from, by `resume`; called on the first rank."""
+def _enter(run_dir: Path, token: str) -> Any:
+    """Make the run directory this process's own, tidy up what killed runs left in it, and return the lock."""
+    lock = runlog.lock(run_dir)
+    durable.remove_leftovers(run_dir / CHECKPOINTS)
+    console.forget_claims(run_dir, but=token)
+    return lock
+
+
+def _find_checkpoint(cfg: RunConfig) -> tuple[Path | None, list[str]]:
+    """Where to go on from, by `resume`, and what the user must hear of it; called on the first rank."""
     folder = cfg.run_dir / CHECKPOINTS
-    if isinstance(cfg.resume, Path):
-        if problem := checkpoints.damage(cfg.resume):
-            raise CheckpointError(f"resume is {cfg.resume}: {problem}")
-        return cfg.resume
-    durable.remove_leftovers(folder)
     found = checkpoints.list_checkpoints(folder)
-    if found and cfg.resume == "never":
+    if isinstance(cfg.resume, Path):
+        return _given_checkpoint(cfg.resume, found, cfg.run_dir), []
+    damaged = checkpoints.list_damaged(folder)
+    if cfg.resume == "never" and (found or damaged):
         raise CheckpointError(
-            f"resume is never, but {cfg.run_dir} has a checkpoint of step {found[-1][0]}; set another run_dir, or resume=auto"
+            f"resume is never, but {cfg.run_dir} has checkpoints ({len(found) + len(damaged)}); "
+            "set another run_dir, or resume=auto"
         )
-    return found[-1][1] if found else None
+    if damaged and not found:
+        raise CheckpointError(
+            f"{cfg.run_dir} has no whole checkpoint ({damaged[-1][1]}); "
+            f"delete {folder} to start anew, or set another run_dir"
+        )
+    notes = [f"set aside as {path.name}: {what}" for path, what in checkpoints.set_aside_damaged(folder)]
+    return (found[-1][1] if found else None), notes
 
 
-def _restore(job: Job, path: Path) -> tuple[int, int]:
-    """Put a checkpoint's tensors in place; (finished steps, tokens seen)."""
+def _given_checkpoint(path: Path, own: list[tuple[int, Path]], run_dir: Path) -> Path:
+    """The checkpoint named by `resume`, unless it is damaged or the run has gone further already."""
+    if not (path / checkpoint.STATE).is_file():
+        raise CheckpointError(
+            f"resume is {path}, which is no checkpoint: it has no {checkpoint.STATE}; "
+            "give a folder like checkpoints/step-000500"
+        )
+    if problem := checkpoints.damage(path, named=False):
+        raise CheckpointError(f"resume is {path}: {problem}")
+    step = checkpoint.read_state(path).step
+    later = [number for number, other in own if number > step]
+    if later:
+        raise CheckpointError(
+            f"resume is {path}, but {run_dir} has a checkpoint of step {later[-1]} already; "
+            "set resume=auto, or another run_dir"
+        )
+    return path
+
+
+def _read_state(cfg: RunConfig, identity: str, data: setup.Data, path: Path) -> checkpoint.State:
+    """The checkpoint's state, once it is known to belong to this run; before anything heavy is loaded."""
     saved = checkpoint.read_state(path)
-    checkpoint.check_resumable(saved, job.state(saved.step, saved.tokens_seen), path)
-    checkpoint.restore(job.engine, path, saved, job.key)
-    return saved.step, saved.tokens_seen
+    now = setup.state_of(cfg, identity, data, saved.step, saved.tokens_seen)
+    checkpoint.check_resumable(saved, now, path)
+    return saved
 
 
 def _save(job: Job, step: int, tokens_seen: int) -> tuple[Path, float]:

@@ -35,6 +35,7 @@ class StepResult:
     grad_norm: float  # global, before clipping
     seconds: dict[str, float]
     stop: bool = False  # some rank was asked to stop; every rank sees the same
+    own_loss: float = 0.0  # this rank's summed loss: not finite where its own rows made it so
 
 
 def ds_config(
@@ -136,9 +137,10 @@ class Engine:
                 self.ds.step()  # counts micro-batches; the optimizer steps at the last one
         if norm is None:
             norm = float(self.ds.get_global_grad_norm())
+        own = total[:1].clone()
         dist.all_reduce(total)
-        summed, asked = total.tolist()  # waits for the device: now the clock may be read
-        return StepResult(summed / max(1, step.target_tokens), norm, self.clock.seconds(), asked > 0)
+        summed, asked, own_loss = torch.cat([total, own]).tolist()  # waits for the device: now the clock may be read
+        return StepResult(summed / max(1, step.target_tokens), norm, self.clock.seconds(), asked > 0, own_loss)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the target tokens of all ranks' batches. Every rank gives equally many."""

@@ -1,4 +1,4 @@
-"""Checks that stop a run that only looks like training: nothing moves, something is not finite. On by default, cheap."""
+"""Checks that stop a run that only looks like training: nothing moves, or something is not finite. On by default."""
 
 import math
 from typing import Any
@@ -8,12 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora_scale.parallel import masters
+from lora_scale.parallel.engine import StepResult
 from lora_scale.spec.errors import TrainingError
+
+MAX_NAMED = 4  # ranks in one message
 
 
 class LearningGuard:
-    """After the first optimizer step with a learning rate every lora_B must have had a gradient and moved; every lora_A from the
-    second such step (with B = 0 the gradient of A is exactly zero in the first). Full fine-tuning: every tensor, at the first.
+    """After the first optimizer step with a learning rate every lora_B must have had a gradient and moved; every lora_A
+    from the second such step (with B = 0 the gradient of A is exactly zero in the first). Full fine-tuning: each one,
+    at the first.
 
     A gradient shows in Adam's first moment. Experts may see no token in a step: they are listed, not refused.
     """
@@ -57,10 +61,19 @@ class LearningGuard:
         return part.view(masters.torch_optimizer(self._ds), masters.VALUE).clone()
 
 
-def check_finite(number: int, loss: float, grad_norm: float, names: str) -> None:
-    """Stop at a loss or gradient norm that is not finite, naming the step, the rank and the rows. Both are global: all ranks agree."""
-    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"step {number}: {what} is {value}; rank {dist.get_rank()} had {names}. Lower train.lr, or look at these rows"
-            )
+def check_finite(number: int, result: StepResult, names: str) -> None:
+    """Stop at a loss or gradient norm that is not finite, naming the step, the rank and its rows. All ranks agree.
+
+    A gradient is reduced before anyone looks at it, so only a loss leads to one rank; else all ranks' rows are suspect.
+    """
+    figures = {"loss": result.loss, "gradient norm": result.grad_norm}
+    what = next((name for name, value in figures.items() if not math.isfinite(value)), None)
+    if what is None:
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (math.isfinite(result.own_loss), names))
+    suspects = [rank for rank, (finite, _) in enumerate(everyone) if not finite] or list(range(len(everyone)))
+    rows = "; ".join(f"rank {rank} had {everyone[rank][1]}" for rank in suspects[:MAX_NAMED])
+    rest = f"; and {len(suspects) - MAX_NAMED} more ranks" if len(suspects) > MAX_NAMED else ""
+    way_out = "Lower train.lr, or look at these rows"
+    raise TrainingError(f"step {number}: {what} is {figures[what]}; {rows}{rest}. {way_out}")

@@ -22,7 +22,7 @@ from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import family
 from lora_scale.storage import dataset, hub, packing, provenance
-from lora_scale.storage.console import Console, bar
+from lora_scale.storage.console import Console, bar, size
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
 from lora_scale.storage.packing import Batch, Blocks
 from lora_scale.storage.steps import StepPlan, check_batch_sizes, eval_batches
@@ -76,19 +76,7 @@ class Job:
 
     def state(self, step: int, tokens_seen: int) -> State:
         """What a checkpoint after `step` steps says of this run."""
-        cfg = self.cfg
-        return State(
-            step=step,
-            method=cfg.method,
-            seed=cfg.seed,
-            global_batch_size=cfg.train.global_batch_size,
-            tokens_seen=tokens_seen,
-            base_fingerprint=self.base_fingerprint,
-            config_sha256=configfile.config_sha256(cfg),
-            data=self.data.identity(cfg),
-            lora=cfg.lora.model_dump(mode="json"),
-            versions=provenance.versions(),
-        )
+        return state_of(self.cfg, self.base_fingerprint, self.data, step, tokens_seen)
 
     def key(self, parameter: str) -> str:
         """How a checkpoint names a trainable parameter."""
@@ -103,6 +91,22 @@ class Job:
             )
 
 
+def state_of(cfg: RunConfig, base_fingerprint: str, data: Data, step: int, tokens_seen: int) -> State:
+    """What a checkpoint after `step` steps of a run says of it; known before the model is loaded."""
+    return State(
+        step=step,
+        method=cfg.method,
+        seed=cfg.seed,
+        global_batch_size=cfg.train.global_batch_size,
+        tokens_seen=tokens_seen,
+        base_fingerprint=base_fingerprint,
+        config_sha256=configfile.config_sha256(cfg),
+        data=data.identity(cfg),
+        lora=cfg.lora.model_dump(mode="json"),
+        versions=provenance.versions(),
+    )
+
+
 def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
     """The base's headers, read by every rank, and its fingerprint, computed by the first."""
     path = on_every_rank(lambda: hub.resolve(cfg.model))
@@ -110,7 +114,7 @@ def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
     identity = on_rank_zero(lambda: fingerprint(folder))
     screen.line(
         f"base     {cfg.model.path}: {folder.config.get('model_type')}, {len(folder.files)} files, "
-        f"{folder.nbytes / 1e9:.2f} GB, {identity[:19]}"
+        f"{size(folder.nbytes)}, {identity[:19]}"
     )
     return folder, identity
 
@@ -206,7 +210,7 @@ def start_engine(
     loaded = on_every_rank(lambda: load.fill(model, folder, world.device, partitioner, show))
     model.to(world.device)  # the adapters; what was filled is there already
     screen.line(
-        f"loaded   {loaded.nbytes / 1e9:.2f} GB a rank in {loaded.seconds:.1f} s ({loaded.gb_per_second:.1f} GB/s); "
+        f"loaded   {size(loaded.nbytes)} a rank in {loaded.seconds:.1f} s ({loaded.gb_per_second:.2f} GB/s); "
         f"trains {parameters.trainable:,} of {parameters.total:,} parameters ({parameters.trainable / parameters.total:.2%})"
     )
     engine = Engine(model, cfg, world, config, dropout)
@@ -222,7 +226,7 @@ def say_data(cfg: RunConfig, data: Data, world: World, screen: Console) -> None:
     )
     accumulation = accumulation_steps(cfg, world.size)
     screen.line(
-        f"steps    {data.plan.total_steps:,} of {cfg.train.global_batch_size} blocks: {world.size} ranks x "
+        f"steps    {data.plan.total_steps:,} of {cfg.train.global_batch_size} blocks: {world.size} rank{'s' * (world.size > 1)} x "
         f"{cfg.train.micro_batch_size} a pass x {accumulation} accumulated; ZeRO-{cfg.parallel.zero_stage}, {cfg.precision}, {world.device.type}"
     )
 
@@ -245,7 +249,7 @@ def _load_bar(screen: Console) -> Any:
         seconds = max(1e-3, time.perf_counter() - start)
         screen.live(
             lambda: (
-                f"loading  {bar(done, total)} {done / 1e9:.2f} of {total / 1e9:.2f} GB a rank, {done / 1e9 / seconds:.1f} GB/s"
+                f"loading  {bar(done, total)} {size(done)} of {size(total)} a rank, {done / 1e9 / seconds:.2f} GB/s"
             )
         )
 

@@ -25,6 +25,8 @@ LAUNCHERS = {
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 
+TOKEN = "LORA_SCALE_LAUNCH"  # set by parallel.local for the ranks that it starts
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -108,11 +110,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch_token() -> str:
-    """Names this launch on this node: ranks of one launch have one parent, and a parent's start time is never repeated."""
-    with open(f"/proc/{os.getppid()}/stat") as stat:
+def launch_token(world: World | None) -> str:
+    """Names this launch on this node: what our own launcher gave it, or the ranks' common parent and its start time.
+
+    A process of its own has a name of its own: its parent may be a shell that starts many.
+    """
+    if token := os.environ.get(TOKEN):
+        return token
+    pid = os.getppid() if world else os.getpid()
+    if not os.path.exists(f"/proc/{pid}"):  # the launcher is outside this container
+        pid = os.getpid()
+    with open(f"/proc/{pid}/stat") as stat:
         started = stat.read().rpartition(")")[2].split()[19]
-    return f"{os.getppid()}-{started}"
+    return f"{pid}-{started}"
 
 
 def stop() -> None:

@@ -97,7 +97,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def shape(name: str) -> Mapping[str, Any]:
     """The config of a named shape; UsageError with the names there are."""
     if name not in SHAPES:
-        close = get_close_matches(name, SHAPES, n=1)
+        close = get_close_matches(name, SHAPES, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? All: " if close else "choose one of "
         raise UsageError(f"--shape is {name!r}, which is not known; {hint}{', '.join(SHAPES)}")
     return SHAPES[name]

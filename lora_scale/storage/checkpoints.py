@@ -28,12 +28,15 @@ def list_damaged(folder: Path) -> list[tuple[Path, str]]:
     return [(path, what) for _, path in _named(folder) if (what := damage(path))]
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, judged by state.json and the headers of its safetensors files, or None."""
+def damage(checkpoint: Path, named: bool = True) -> str | None:
+    """What is wrong with a checkpoint, judged by state.json and the headers of its safetensors files, or None.
+
+    `named`: its folder must be called after its step, as in a run directory.
+    """
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         step = state.get("step") if isinstance(state, dict) else None
-        if not isinstance(step, int) or name(step) != checkpoint.name:
+        if not isinstance(step, int) or (named and name(step) != checkpoint.name):
             return f"{checkpoint / 'state.json'} is of step {step}"
         files = sorted(checkpoint.glob("*.safetensors"))
         for file in files:

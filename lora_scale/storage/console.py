@@ -8,23 +8,31 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Self, TextIO
+
+from lora_scale.spec.errors import InterruptedRunError
 
 PLAIN_EVERY = 30.0  # seconds between lines of progress where the output is no terminal
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ECHO = 2.0  # seconds in which one Ctrl-C can arrive twice: from the terminal, and passed on by torchrun
 
 
 class Console:
-    """The screen of one process. Only the first rank writes to it; an error may come from any."""
+    """The screen of one process. Only the first rank writes to it; an error may come from any.
+
+    A screen that goes away (a closed terminal, `| head`) does not end the run.
+    """
 
     def __init__(self, rank: int):
         self.rank = rank
-        self._screen: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
+        self._screen: TextIO = os.fdopen(os.dup(1), "w", buffering=1, errors="replace")
         self._live = False
         self._last_plain = time.monotonic()
-        self.log_path: Path | None = None
+        self._in_log = False
 
     @property
     def is_terminal(self) -> bool:
@@ -32,48 +40,59 @@ class Console:
 
     def redirect(self, log: Path) -> None:
         """Send this process's stdout and stderr, also those of libraries, to `log` (appended)."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
-        self.log_path = log
+        self._in_log = True
 
-    def line(self, text: str = "") -> None:
-        """A line that stays, from the first rank."""
+    def line(self, text: str) -> None:
+        """A line that stays, from the first rank; every rank's log has it too."""
+        if self._in_log:
+            print(text, flush=True)
         if self.rank == 0:
-            self._clear()
-            print(text, file=self._screen)
+            self._write(self._clear() + text + "\n")
 
     def live(self, text: Callable[[], str], force: bool = False) -> None:
         """The one line that is overwritten; without a terminal, a plain line every 30 s (or when forced)."""
         if self.rank != 0:
             return
         if self.is_terminal:
-            width = _width() - 1
-            print("\r" + text()[:width].ljust(width), end="", file=self._screen, flush=True)
+            width = self._width()
+            self._write("\r" + text()[:width].ljust(width))
             self._live = True
         elif force or time.monotonic() - self._last_plain >= PLAIN_EVERY:
-            print(text(), file=self._screen)
+            self._write(text() + "\n")
             self._last_plain = time.monotonic()
 
     def error(self, text: str) -> None:
-        """From any rank, to the screen."""
-        self._clear()
-        print(text, file=self._screen, flush=True)
+        """From any rank, to the screen, after whatever the first rank has on it."""
+        self._live = self.is_terminal
+        self._write(self._clear() + text + "\n")
 
-    def _clear(self) -> None:
-        if self._live:
-            print("\r" + " " * (_width() - 1), end="\r", file=self._screen)
-            self._live = False
+    def at_once(self, text: str) -> None:
+        """A line from within a signal handler, where a buffered stream may be in the middle of a write."""
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                os.write(self._screen.fileno(), (self._clear() + text + "\n").encode())
 
+    def _clear(self) -> str:
+        """What empties the live line, if there is one."""
+        was_live, self._live = self._live, False
+        return "\r" + " " * self._width() + "\r" if was_live else ""
 
-def _width() -> int:
-    with contextlib.suppress(OSError):
-        return max(40, os.get_terminal_size(1).columns)
-    return int(os.environ.get("COLUMNS", "100"))
+    def _width(self) -> int:
+        """Columns that a line can take without wrapping."""
+        with contextlib.suppress(OSError):
+            return max(40, os.get_terminal_size(self._screen.fileno()).columns) - 1
+        return 79
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._screen.write(text)
+            self._screen.flush()
 
 
 def bar(done: float, total: float, width: int = 24) -> str:
@@ -82,11 +101,18 @@ def bar(done: float, total: float, width: int = 24) -> str:
     return "█" * filled + "░" * (width - filled)
 
 
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them, in the units of disks: 812 kB, 41 MB, 3.42 GB, 201 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= 0.9995 * scale:
+            return f"{nbytes / scale:#.3g}".rstrip(".") + f" {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
 def claim(run_dir: Path, token: str) -> bool:
     """True for the first process of this launch that asks: one error is shown, the one that came first."""
-    marker = run_dir / "log" / f".error-{token}"
     try:
-        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(_marker(run_dir, token), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     except OSError:  # a full or vanished disk: better shown twice than never
@@ -94,15 +120,69 @@ def claim(run_dir: Path, token: str) -> bool:
     return True
 
 
-class StopRequest:
-    """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to stop; the loop looks once a step. A second SIGINT kills."""
+def is_claimed(run_dir: Path, token: str) -> bool:
+    """Whether some process of this launch has failed and said so."""
+    return _marker(run_dir, token).exists()
 
-    def __init__(self) -> None:
+
+def forget_claims(run_dir: Path, but: str) -> None:
+    """Delete the marks that earlier launches left."""
+    for marker in (run_dir / "log").glob(".error-*"):
+        if marker != _marker(run_dir, but):
+            marker.unlink(missing_ok=True)
+
+
+def _marker(run_dir: Path, token: str) -> Path:
+    return run_dir / "log" / f".error-{token}"
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop. The loop looks once a step; before it nothing is worth saving, and
+    the signal raises InterruptedRunError. A second Ctrl-C raises KeyboardInterrupt.
+
+    A launcher also sends SIGTERM when another rank has failed (`failed`). Then there is nothing to save, and the main
+    thread may hang for ever in a collective with that rank, where no Python handler runs: a thread ends the process.
+    """
+
+    def __init__(self, screen: Console, failed: Callable[[], bool]):
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        self.in_loop = False
+        self._screen, self._failed = screen, failed
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._before[number] = signal.signal(number, self._ask)
+        self._wake, pipe = os.pipe()
+        os.set_blocking(pipe, False)
+        self._pipe = os.fdopen(pipe, "wb")
+        signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        self._pipe.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
+        now = time.monotonic()
+        if self.asked:
+            if number == signal.SIGINT and now - self._since > ECHO:
+                raise KeyboardInterrupt
+            return
+        self.asked, self._since = True, now
+        if not self.in_loop:
+            raise InterruptedRunError("interrupted before the first step; the same command begins again")
+        self._screen.at_once("stopping after this step, with a checkpoint; Ctrl-C again: at once, without")
+
+    def _watch(self) -> None:
+        """Reads the numbers of signals, which the kernel's handler writes whatever the main thread does."""
+        with os.fdopen(self._wake, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] == signal.SIGTERM and self._failed():
+                    sys.stdout.flush()
+                    os._exit(1)

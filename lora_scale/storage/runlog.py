@@ -6,11 +6,15 @@ figure means; that is the writer's and `commands.report`'s. Checkpoints are `par
     <run>/  manifest.json   config.yaml   config.resolved.json   metrics.jsonl   log/rank-000.txt   checkpoints/
 """
 
+import fcntl
 import json
 import math
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from lora_scale.spec.errors import CheckpointError, UsageError
 from lora_scale.storage.durable import write_text_atomically
@@ -20,6 +24,8 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 RESOLVED = "config.resolved.json"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+LOCK_PATIENCE = 10.0  # seconds in which a killed predecessor may still be dying
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -27,6 +33,32 @@ def log_path(run_dir: Path, rank: int) -> Path:
     path = run_dir / "log" / f"rank-{rank:03d}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Hold the run directory while the returned file is open: two runs that write into one would spoil both.
+
+    The kernel lets go when the process ends, however it ends. A file system without locks is taken as it is.
+    """
+    file = (run_dir / LOCK).open("a+", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read() or "another process"
+                file.close()
+                raise UsageError(f"{run_dir} is in use by {holder}; wait for its end, or set another run_dir") from None
+            time.sleep(0.2)
+        except OSError:
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 class RunLog:
@@ -45,7 +77,9 @@ class RunLog:
         write_text_atomically(run_dir / RESOLVED, _pretty(resolved))
         write_text_atomically(run_dir / METRICS, "".join(_line(row) for row in kept))
         self.last_step = kept[-1]["step"] if kept else -1
-        self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
+        self._metrics = (run_dir / METRICS).open("r+b")  # not "ab": a row that grows is written where it stands
+        self._row: dict[str, Any] = {}
+        self._start = 0  # byte at which the last row begins
 
     def __enter__(self) -> Self:
         return self
@@ -53,13 +87,28 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
 
-    def write_row(self, row: Mapping[str, Any]) -> None:
-        """Appends the row of one step. Figures that are not finite are written as null: JSON has no word for them."""
+    def write_row(self, row: Mapping[str, Any], sync: bool = False) -> None:
+        """Appends the row of one step. Figures that are not finite are written as null: JSON has no word for them.
+
+        The row survives the end of this process, whatever ends it; with `sync`, also that of the machine.
+        """
         step = row["step"]
         assert step > self.last_step, f"a row of step {step} after one of step {self.last_step}"
         self.last_step = step
-        self._metrics.write(_line(row))
-        self._metrics.flush()  # to the operating system: survives the end of this process, whatever ends it
+        self._row, self._start = dict(row), self._metrics.seek(0, os.SEEK_END)
+        self._write_row()
+        if sync:
+            os.fsync(self._metrics.fileno())
+
+    def add_to_row(self, **figures: Any) -> None:
+        """Adds figures to the last row, in place: one write of a longer line; a killed process leaves either."""
+        self._row |= figures
+        self._metrics.seek(self._start)
+        self._write_row()
+
+    def _write_row(self) -> None:
+        self._metrics.write(_line(self._row).encode())
+        self._metrics.flush()
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replaces the manifest."""

@@ -1,0 +1,33 @@
+"""How `plan` and `report` write the figures of `spec.cost`: units, and the names of memory categories."""
+
+GIB, MIB = 1 << 30, 1 << 20
+
+STATES = {  # field of cost.States: its name in tables
+    "base": "base weights, frozen",
+    "trained": "weights that train",
+    "master": "their fp32 copy",
+    "gradients": "their gradients",
+    "adam": "Adam's two moments",
+    "bucket": "gradient bucket",
+}
+ESTIMATES = {  # field of cost.Estimates
+    "gathered": "gathered: 2 layers",
+    "layer_inputs": "inputs of recomputed layers",
+    "layers_kept": "activations of the other layers",
+    "one_layer": "activations of 1 layer, recomputed",
+    "logits": "or logits and loss, if larger",
+}
+
+
+def binary(nbytes: float) -> str:
+    """In GiB, or in MiB or KiB below one: memory and files."""
+    if nbytes >= GIB:
+        return f"{nbytes / GIB:,.1f} GiB"
+    return f"{nbytes / MIB:,.1f} MiB" if nbytes >= MIB else f"{nbytes / 1024:,.1f} KiB"
+
+
+def decimal(nbytes: float) -> str:
+    """In TB, GB or MB, by thousands: as the literature counts, and as disks and networks are sold."""
+    if nbytes >= 1e12:
+        return f"{nbytes / 1e12:.1f} TB"
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
