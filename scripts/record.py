@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Records of measured runs, and the tables made from them. A figure in docs/benchmarks/ comes from a record or is not there.
+"""Records of measured runs, and the tables made from them. A figure in docs/benchmarks/ comes from a record or is not
+there.
 
     python scripts/record.py make --out docs/benchmarks/NAME.json --skip 3 RUN... [--peer NAME=OUTPUT.txt]...
     python scripts/record.py tables docs/benchmarks          writes README.md there from every record
 
-`make` reads run directories of `lora-scale train`, and outputs of peers' scripts that print one line `RESULT {json}`. A record
-of a tree with uncommitted changes is refused, unless the records' commit is given by LORA_SCALE_COMMIT (a copy without .git).
+`make` reads run directories of `lora-scale train`, and outputs of peers' scripts that print one line `RESULT {json}`.
+A record of a tree with uncommitted changes is refused, unless the records' commit is given by LORA_SCALE_COMMIT (a
+copy without .git).
 """
 
 import argparse
@@ -116,7 +118,7 @@ def tables(arguments: argparse.Namespace) -> None:
     ]
     for path in sorted(arguments.folder.glob("*.json")):
         record = json.loads(path.read_text())
-        if "rows" in record:
+        if "title" in record:
             text += _table(path.name, record)
     (arguments.folder / "README.md").write_text("\n".join(text).rstrip() + "\n")
 
@@ -129,7 +131,8 @@ def _table(file: str, record: dict[str, Any]) -> list[str]:
         f"{hardware['device']}; torch {versions['torch']}, deepspeed {versions['deepspeed']}, transformers "
         f"{versions['transformers']}; commit `{record['commit'][:10]}`; record [{file}]({file}).",
         "",
-        "| run | who | ranks | tokens/s | TFLOP/s a GPU | step, s (quartiles) | peak / reserved GiB | load s | save s |",
+        "| run | who | ranks | tokens/s | TFLOP/s a GPU | step, s (quartiles) | peak / reserved GiB | load s | "
+        "save s |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in record["rows"]:
@@ -138,7 +141,8 @@ def _table(file: str, record: dict[str, Any]) -> list[str]:
         memory = f"{row['peak_gib']:.1f} / {row['reserved_gib']:.1f}" if row["peak_gib"] else "-"
         save = f"{row['save_seconds']:.2f}" if row["save_seconds"] is not None else "-"
         lines.append(
-            f"| {row['name']} | {row['who']} | {row['ranks']} | {row['tokens_per_second']:,.0f} | {row['tflops_4n']:.0f} "
+            f"| {row['name']} | {row['who']} | {row['ranks']} | {row['tokens_per_second']:,.0f} | "
+            f"{row['tflops_4n']:.0f} "
             f"| {step['median']:.3f}{spread} | {memory} | {row['load_seconds']:.1f} | {save} |"
         )
     return [*lines, ""]

@@ -1,7 +1,7 @@
 """Run a function of a test module on N ranks of this machine, each a fresh process, and judge what they return.
 
-A rank writes its result before it leaves the process group, so that a hang or an abort in the tear-down of a library cannot
-turn a right result into a failure, nor hide a wrong one. A rank that is late is killed and its log is shown.
+A rank writes its result before it leaves the process group, so that a hang or an abort in the tear-down of a library
+cannot turn a right result into a failure, nor hide a wrong one. A rank that is late is killed and its log is shown.
 """
 
 import importlib

@@ -19,7 +19,7 @@ STYLES = {
     "rowwise": "rowwise",
     "replicated_with_grad_allreduce": "grad_summed",
 }
-NOT_SPLIT_BY_US = {"moe_tp_experts", "colwise_gather_output", "rowwise_split_input"}
+NOT_SPLIT_BY_US = {"embedding_rowwise", "moe_tp_experts", "colwise_gather_output", "rowwise_split_input"}
 
 
 def test_every_family_has_a_tiny_model() -> None:

@@ -38,7 +38,8 @@ def _partitioner(tree: dict[str, Any]) -> zero3.Partitioner:
 
 
 def loaded_equals_transformers(here: World, trees: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """For each folder the names that differ from `from_pretrained` after a gather, parameters and buffers; must be none."""
+    """For each folder the names that differ from `from_pretrained` after a gather, parameters and buffers; must be
+    none."""
     import deepspeed
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +56,9 @@ def loaded_equals_transformers(here: World, trees: dict[str, dict[str, Any]]) ->
         with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
             wrong[name] += [n for n, p in model.named_parameters() if not torch.equal(p, expected[n])]
         buffers = dict(theirs.named_buffers())
-        wrong[name] += [n for n, b in model.named_buffers() if b.dtype != buffers[n].dtype or not torch.equal(b, buffers[n])]
+        wrong[name] += [
+            n for n, b in model.named_buffers() if b.dtype != buffers[n].dtype or not torch.equal(b, buffers[n])
+        ]
     return wrong
 
 
@@ -70,11 +73,12 @@ def test_every_tensor_equals_from_pretrained(ranks: int, tmp_path: Path) -> None
             changed = {"precision": precision, "parallel__zero_stage": stage}
             trees[f"{name}, stage {stage}"] = config(folder, tmp_path / "no.jsonl", tmp_path / "run", **changed)
     for found in run_ranks(ranks, "test_load:loaded_equals_transformers", trees, folder=tmp_path / "ranks"):
-        assert found == dict.fromkeys(trees, [])
+        assert found == {name: [] for name in trees}
 
 
 def bytes_of_loading(here: World, tree: dict[str, Any]) -> dict[str, Any]:
-    """What the kernel says this process read (rchar) for headers, fingerprint and weights; and anonymous memory meanwhile."""
+    """What the kernel says this process read (rchar) for headers, fingerprint and weights; and anonymous memory
+    meanwhile."""
     cfg = RunConfig.model_validate(tree)
     load.empty(open_folder(cfg.model.path), cfg)  # imports and caches
     partitioner = _partitioner(tree) if cfg.parallel.zero_stage == 3 else None

@@ -1,5 +1,7 @@
-"""A run that stops and goes on is the run that did not stop: to the bit at the same ranks, within fp32 sums at others."""
+"""A run that stops and goes on is the run that did not stop: to the bit at the same ranks, within fp32 sums at
+others."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ def save_and_go_on(here: World, trees: dict[str, dict[str, Any]]) -> dict[str, A
     for name, tree in trees.items():
         job = start(here, tree)
         first = train(job, 0, HALF)
-        sent = _count_bytes(lambda job=job: _save(job, HALF, Path(tree["run_dir"])))
+        sent = _count_bytes(functools.partial(_save, job, HALF, Path(tree["run_dir"])))
         second = train(job, HALF, WHOLE - HALF)
         job.engine.ds.destroy()
         fresh = start(here, tree, randomise=False)
@@ -103,21 +105,28 @@ def test_same_and_other_numbers_of_ranks(tmp_path: Path) -> None:
     for name, found in everyone[0].items():
         assert found["again"] == found["losses"][HALF:], f"{name}: a resumed run differs"
         for tensor, value in found["values"].items():
-            assert torch.equal(value, found["values_again"][tensor]), f"{name}: {tensor} differs after the resumed steps"
+            assert torch.equal(value, found["values_again"][tensor]), (
+                f"{name}: {tensor} differs after the resumed steps"
+            )
         assert all(t.any() for t in found["restored"]["exp_avg"].values()), f"{name}: a moment was restored as zeros"
     _judge_traffic(everyone)
     for ranks in (1, 4):
         others = run_ranks(ranks, "test_resume:go_on", trees, folder=tmp_path / f"on-{ranks}")[0]
         for name, losses in others.items():
             wanted = torch.tensor(everyone[0][name]["losses"][HALF:])
-            torch.testing.assert_close(torch.tensor(losses), wanted, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                torch.tensor(losses), wanted, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def _judge_traffic(everyone: list[dict[str, Any]]) -> None:
-    """What travels to the first rank is what it does not have of the trainable tensors and their two moments: no base, no padding."""
+    """What travels to the first rank is what it does not have of the trainable tensors and their two moments: no
+    base, no padding."""
     for name, stage in (("lora, stage 3", 3), ("lora, stage 0", 0)):
         values = everyone[0][name]["values"]
-        half = sum(v.numel() - -(-v.numel() // 2) for v in values.values())  # of 2 ranks, the second has what the first's half leaves
+        half = sum(
+            v.numel() - -(-v.numel() // 2) for v in values.values()
+        )  # of 2 ranks, the second has what the first's half leaves
         expected = 3 * 4 * half if stage == 3 else 0
         assert everyone[0][name]["sent"] == 0
         assert everyone[1][name]["sent"] == expected, name

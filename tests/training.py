@@ -1,4 +1,5 @@
-"""What training tests share: a tiny run through the product's own set-up, and the same run by Hugging Face + PEFT in one process.
+"""What training tests share: a tiny run through the product's own set-up, and the same run by Hugging Face + PEFT in
+one process.
 
 The reference takes every document by itself, so that equality also says that packed documents do not see each other.
 """
@@ -89,7 +90,8 @@ def start(here: World, tree: dict[str, Any], *, randomise: bool = True) -> setup
 
 
 def train(job: setup.Job, first: int = 0, steps: int | None = None) -> Trace:
-    """Steps through the engine; gradients are read off Adam's first moment after the first step: 0.1 g (beta_1 = 0.9)."""
+    """Steps through the engine; gradients are read off Adam's first moment after the first step: 0.1 g (beta_1 =
+    0.9)."""
     trace = Trace([], [], {}, {})
     total = job.data.plan.total_steps
     for number in range(first, first + (total if steps is None else steps)):
@@ -168,7 +170,8 @@ def _reference_steps(model: nn.Module, cfg: RunConfig, named: dict[str, nn.Param
 
 
 def _documents_loss(model: nn.Module, batch: Any, block: int, targets: int) -> Tensor:
-    """The block's documents one after the other, each alone in the model; backward done, the summed loss / targets returned."""
+    """The block's documents one after the other, each alone in the model; backward done, the summed loss / targets
+    returned."""
     loss = torch.zeros(())
     ids, labels, owner = (torch.from_numpy(a[block]) for a in (batch.input_ids, batch.labels, batch.sample_ids))
     for document in owner.unique():
@@ -191,9 +194,11 @@ def _our_name(peft_name: str) -> str:
 
 
 def assert_equal(ours: Trace, theirs: Trace, tolerance: float = 1e-5) -> None:
-    """Losses and norms relative, gradients per tensor ||g - g_ref|| <= tolerance ||g_ref||; no reference gradient is zero.
+    """Losses and norms relative, gradients per tensor ||g - g_ref|| <= tolerance ||g_ref||; no reference gradient is
+    zero.
 
-    The tolerance: fp32 sums in another order (ranks, blocks) differ by some 1e-7 a step, which AdamW's division can enlarge.
+    The tolerance: fp32 sums in another order (ranks, blocks) differ by some 1e-7 a step, which AdamW's division can
+    enlarge.
     """
     assert ours.gradients.keys() == theirs.gradients.keys()
     for name, wanted in theirs.gradients.items():

@@ -1,8 +1,8 @@
 """Linear layers whose weight never trains: the backward pass needs the weight, not the input, and keeps neither.
 
-torch's linear saves its input whenever the weight may want a gradient, and pins the weight it computed with. Under ZeRO-3
-the pinned weight is the gathered copy, so every layer's full weight would stay alive until backward. Here the Parameter is
-looked up again in backward, when ZeRO-3's hooks have gathered it anew.
+torch's linear saves its input whenever the weight may want a gradient, and pins the weight it computed with. Under
+ZeRO-3 the pinned weight is the gathered copy, so every layer's full weight would stay alive until backward. Here the
+Parameter is looked up again in backward, when ZeRO-3's hooks have gathered it anew.
 """
 
 from typing import Any

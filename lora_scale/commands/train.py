@@ -17,7 +17,7 @@ import torch
 from lora_scale.parallel import checkpoint, guards, local, metrics, setup, world
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
-from lora_scale.spec import configfile
+from lora_scale.spec import configfile, cost
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import CheckpointError, ConfigError, InterruptedRunError, LoraScaleError, UsageError
 from lora_scale.spec.schedule import learning_rate
@@ -163,7 +163,7 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
         guards.check_finite(done, result, step.names)
         learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens
-        row = metrics.row(done, result, lr, step.tokens, time.perf_counter() - begin, job.world, job.flops_per_token)
+        row = metrics.row(done, result, lr, step.tokens, time.perf_counter() - begin, job)
         last = done == total or result.stop
         if data.validation and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
             row["val_loss"] = val_loss = engine.evaluate(data.validation)
@@ -286,6 +286,7 @@ def _open_log(job: Job, config: Path, step: int) -> RunLog:
             "parameters": asdict(job.parameters),
             "load": {"bytes": job.loaded.nbytes, "seconds": round(job.loaded.seconds, 3)},
             "data": job.data.blocks.stats(),
+            "plan": cost.plan_row(job.folder.config, job.cfg, job.world.size),
         }
     )
     return log

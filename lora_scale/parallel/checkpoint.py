@@ -1,11 +1,12 @@
-"""A training checkpoint: what trains, its moments, and a few integers. The frozen base is never gathered, copied or written.
+"""A training checkpoint: what trains, its moments, and a few integers. The frozen base is never gathered, copied or
+written.
 
     step-000500/  adapter_model.safetensors  adapter_config.json  optimizer.safetensors  state.json      (method: lora)
                   weights.safetensors                             optimizer.safetensors  state.json      (method: full)
 
-Values and moments are whole fp32 tensors by name, so that a checkpoint fits any number of ranks. It is written beside its
-final name, synced and renamed. Nothing in it is a pickle. The random state is not in it: dropout and data order are functions
-of (seed, step).
+Values and moments are whole fp32 tensors by name, so that a checkpoint fits any number of ranks. It is written beside
+its final name, synced and renamed. Nothing in it is a pickle. The random state is not in it: dropout and data order
+are functions of (seed, step).
 """
 
 import json
@@ -22,7 +23,7 @@ from lora_scale.parallel import masters
 from lora_scale.parallel.engine import Engine
 from lora_scale.parallel.world import on_every_rank, on_rank_zero
 from lora_scale.spec.configfile import differences
-from lora_scale.spec.errors import CheckpointError
+from lora_scale.spec.errors import CheckpointError, TrainingError
 from lora_scale.spec.layout import ByteRange
 from lora_scale.storage import checkpoints
 from lora_scale.storage.durable import whole_directory, write_text_atomically
@@ -34,7 +35,8 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a run needs beside its tensors. `step` counts finished optimizer steps; with `data` it is the data position."""
+    """What a run needs beside its tensors. `step` counts finished optimizer steps; with `data` it is the data
+    position."""
 
     step: int
     method: str
@@ -51,12 +53,16 @@ class State:
 def save(
     engine: Engine, state: State, folder: Path, write_extra: Callable[[Path], None], key: Callable[[str], str]
 ) -> Path:
-    """Write `folder/step-NNNNNN` on rank 0 from all ranks' runs; collective. `key` maps a parameter's name to its name in files.
+    """Write `folder/step-NNNNNN` on rank 0 from all ranks' runs; collective. `key` maps a parameter's name to its
+    name in files.
 
     When the disk is full, say, every rank gets the error, and what was written is removed.
     """
     final = folder / checkpoints.name(state.step)
     found = masters.parts(engine.ds)
+    if not found or (empty := [p.name for p in found if 0 in p.shape]):
+        what = f"{empty[0]} and {len(empty) - 1} others have no elements" if found else "nothing trains"
+        raise TrainingError(f"step {state.step}: {final} is not written: {what}")
     specs = [(key(p.name), "F32", p.shape) for p in found]
     moments = [(f"{name}.{moment}", dtype, shape) for moment in masters.MOMENTS for name, dtype, shape in specs]
 
@@ -110,7 +116,8 @@ def check_resumable(saved: State, now: State, path: Path) -> None:
     """A run resumes onto the same base, method, adapter, data and global batch, or says what is different."""
     if saved.base_fingerprint != now.base_fingerprint:
         raise CheckpointError(
-            f"{path} was trained on another base model ({saved.base_fingerprint[:19]}..., now {now.base_fingerprint[:19]}...); "
+            f"{path} was trained on another base model ({saved.base_fingerprint[:19]}..., now "
+            f"{now.base_fingerprint[:19]}...); "
             "set model.path to that base, or another run_dir to start anew"
         )
     changed: list[str] = []

@@ -8,7 +8,8 @@ import torch
 
 
 class PhaseClock:
-    """Seconds by phase. On a GPU the times are the device's own (events), read once at the end, without extra waiting."""
+    """Seconds by phase. On a GPU the times are the device's own (events), read once at the end, without extra
+    waiting."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"

@@ -1,7 +1,7 @@
 """One optimizer step through DeepSpeed. The only place where a DeepSpeed configuration key is written.
 
-The loss of a step is the mean over all its target tokens, whatever rank and micro-batch they fell to: a mean of per-batch
-means would weigh a token by the company it keeps.
+The loss of a step is the mean over all its target tokens, whatever rank and micro-batch they fell to: a mean of
+per-batch means would weigh a token by the company it keeps.
 """
 
 import importlib
@@ -20,9 +20,11 @@ from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.parallel import zero3
 from lora_scale.parallel.clock import PhaseClock
 from lora_scale.parallel.world import World
+from lora_scale.spec import cost
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
-from lora_scale.storage.steps import Batch, Step
+from lora_scale.storage.packing import Batch
+from lora_scale.storage.steps import Step
 
 IGNORED = -100  # a label that carries no loss, as in torch and transformers
 
@@ -43,23 +45,24 @@ def ds_config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration of this run.
 
-    `layer_numel` is the largest decoder layer's size in elements and `layers` the class names of decoder layers: each is
-    gathered as one, a prefetch bucket holds the next one, and nothing waits for reuse. Nothing is "persistent": DeepSpeed
-    drops and re-gathers such parameters one by one at every step. The gradient bucket is allocated at once, so it is sized
-    to what trains.
+    `layer_numel` is the largest decoder layer's size in elements and `layers` the class names of decoder layers: each
+    is gathered as one, a prefetch bucket holds the next one, and nothing waits for reuse. Nothing is "persistent":
+    DeepSpeed drops and re-gathers such parameters one by one at every step. The gradient bucket is allocated at once,
+    so it is sized to what trains.
     """
     stage = cfg.parallel.zero_stage
     full = cfg.method == "full"
     bf16_masters = full and cfg.precision == "bf16"  # adapters are fp32 themselves and need no second copy
     if bf16_masters and stage == 0:
         raise ConfigError(
-            "method is full in bf16 with parallel.zero_stage = 0, which keeps no fp32 copy of the weights; use stage 1, 2 or 3"
+            "method is full in bf16 with parallel.zero_stage = 0, which keeps no fp32 copy of the weights; use "
+            "stage 1, 2 or 3"
         )
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": True,
         "contiguous_gradients": True,
-        "reduce_bucket_size": max(1024, min(trainable_numel, 50_000_000)),
+        "reduce_bucket_size": cost.reduce_bucket(trainable_numel),
     }
     if stage == 3:
         zero |= {
@@ -165,7 +168,8 @@ class Engine:
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def _clip(self) -> float | None:
-        """Stage 0 in fp32: DeepSpeed clips but does not tell the norm, so it is done here, on the averaged gradients."""
+        """Stage 0 in fp32: DeepSpeed clips but does not tell the norm, so it is done here, on the averaged
+        gradients."""
         if not self.clips_itself or self.cfg.parallel.zero_stage or not self.ds.is_gradient_accumulation_boundary():
             return None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
@@ -175,7 +179,8 @@ class Engine:
 
 @contextmanager
 def _no_base_broadcast() -> Iterator[None]:
-    """DeepSpeed's stages 0-2 send the whole model from rank 0; here every rank has read the same file and drawn the same factors."""
+    """DeepSpeed's stages 0-2 send the whole model from rank 0; here every rank has read the same file and drawn the
+    same factors."""
     engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
     original = engine._broadcast_model
     engine._broadcast_model = lambda self: None

@@ -12,20 +12,26 @@ from lora_scale.parallel.engine import StepResult
 from lora_scale.spec.errors import TrainingError
 
 MAX_NAMED = 4  # ranks in one message
+MAX_WATCHED = 64 << 20  # elements of which a copy is kept for two steps, 256 MiB a rank; adapters are smaller
 
 
 class LearningGuard:
     """After the first optimizer step with a learning rate every lora_B must have had a gradient and moved; every lora_A
-    from the second such step (with B = 0 the gradient of A is exactly zero in the first). Full fine-tuning: each one,
+    from the second such step (with B = 0 the gradient of A is zero in the first). Full fine-tuning: each one,
     at the first.
 
-    A gradient shows in Adam's first moment. Experts may see no token in a step: they are listed, not refused.
+    A gradient shows in Adam's first moment; it alone is judged beyond MAX_WATCHED, and where all values are so large
+    that fp32 rounds such a learning rate away. Experts may see no token in a step: they are listed, not refused.
     """
 
     def __init__(self, ds: Any):
         self._ds = ds
         self._parts = masters.parts(ds)
-        self._before: dict[str, Tensor] | None = {p.name: self._value(p) for p in self._parts}
+        self._before: dict[str, Tensor] | None = {}
+        watched = 0
+        for p in self._parts:
+            if (watched := watched + p.numel) <= MAX_WATCHED:
+                self._before[p.name] = self._value(p)
         self._steps = 0
         self.idle_experts: tuple[str, ...] = ()
 
@@ -35,7 +41,7 @@ class LearningGuard:
             return
         self._steps += 1
         checked = [p for p in self._parts if self._steps > 1 or not p.name.endswith("lora_A")]
-        if (idle := self._idle(checked)) and (stuck := [name for name in idle if ".experts." not in name]):
+        if (idle := self._idle(checked, lr)) and (stuck := [name for name in idle if ".experts." not in name]):
             raise TrainingError(
                 f"step {number}: {len(stuck)} of {len(checked)} trainable tensors had no gradient or did not move, "
                 f"first {stuck[0]}; the model does not train as configured"
@@ -44,18 +50,25 @@ class LearningGuard:
         if self._steps == 2:
             self._before = None  # seen to work: give the copies back
 
-    def _idle(self, parts: list[masters.Part]) -> list[str]:
+    def _idle(self, parts: list[masters.Part], lr: float) -> list[str]:
         """Names of the tensors of which no rank saw a gradient and a change. One collective."""
         optimizer = masters.torch_optimizer(self._ds)
-        assert self._before is not None
         flags = torch.zeros(len(parts), 2, dtype=torch.int32)
         for i, p in enumerate(parts):
             if p.numel:
                 flags[i, 0] = int(p.view(optimizer, "exp_avg").any())
-                flags[i, 1] = int(not torch.equal(self._value(p), self._before[p.name]))
+                flags[i, 1] = int(self._moved(p, lr))
         flags = flags.to(parts[0].parameter.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return [p.name for p, (gradient, moved) in zip(parts, flags.tolist(), strict=True) if not (gradient and moved)]
+
+    def _moved(self, part: masters.Part, lr: float) -> bool:
+        """Whether this rank's run changed, if that can be seen: Adam's first steps are of size lr."""
+        assert self._before is not None
+        before = self._before.get(part.name)
+        if before is None or before.abs().min() * torch.finfo(torch.float32).eps > lr:
+            return True
+        return not torch.equal(self._value(part), before)
 
     def _value(self, part: masters.Part) -> Tensor:
         return part.view(masters.torch_optimizer(self._ds), masters.VALUE).clone()

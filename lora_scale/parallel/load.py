@@ -1,7 +1,8 @@
 """The base model: built empty, then filled. Every rank reads the bytes it keeps, straight to where they stay.
 
-No rank-0 load, no broadcast, no all-gather, no whole tensor in host memory, no mmap. Where the bytes lie is `spec.layout`'s
-knowledge and what is in the folder `storage.folder`'s; this module joins them with the model and the device.
+No rank-0 load, no broadcast, no all-gather, no whole tensor in host memory, no mmap. Where the bytes lie is
+`spec.layout`'s knowledge and what is in the folder `storage.folder`'s; this module joins them with the model and the
+device.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from lora_scale.parallel.zero3 import Partitioner
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ModelError
 from lora_scale.spec.layout import ByteRange, Placement, TensorEntry, byte_ranges
-from lora_scale.storage.folder import ModelFolder, sources
+from lora_scale.storage.folder import ModelFolder, sources, unused
 from lora_scale.storage.weights import Reader
 
 CHUNK = 8 << 20  # bytes a read; 12 threads x 2 pinned buffers x 8 MiB stay under 256 MiB of host memory
@@ -72,7 +73,8 @@ def rebuild_buffers(model: nn.Module) -> None:
             assert value is not None
             if value.isnan().any() if value.is_floating_point() else (value == -1).any():
                 raise ModelError(
-                    f"buffer {name}.{key} of {type(module).__name__} cannot be computed; this model type is not supported"
+                    f"buffer {name}.{key} of {type(module).__name__} cannot be computed; this model type is not "
+                    "supported"
                 )
 
 
@@ -91,6 +93,7 @@ class Loaded:
     nbytes: int = 0
     seconds: float = 0.0
     partitions: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> what this rank keeps, flat
+    unused: tuple[str, ...] = ()  # tensors of the files that no parameter took
 
     @property
     def gb_per_second(self) -> float:
@@ -106,8 +109,8 @@ def fill(
 ) -> Loaded:
     """Give every meta parameter of the model its memory on `device` and its values from the folder.
 
-    With a partitioner each becomes a ZeRO-3 parameter and only this rank's partition is read; without, the whole tensor.
-    Parameters that are not on the meta device (adapters) are left alone. Tied parameters stay one.
+    With a partitioner each becomes a ZeRO-3 parameter and only this rank's partition is read; without, the whole
+    tensor. Parameters that are not on the meta device (adapters) are left alone. Tied parameters stay one.
     `progress(done, total)` is called with bytes of this rank.
     """
     start = time.perf_counter()
@@ -127,14 +130,16 @@ def fill(
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
     nbytes = _read(pieces, device, progress)
-    return Loaded(nbytes, time.perf_counter() - start, storage)
+    left = unused(folder, (entry for found in entries.values() for entry in found), _tied(model))
+    return Loaded(nbytes, time.perf_counter() - start, storage, tuple(left))
 
 
 Home = tuple[str, nn.Parameter, list[tuple[nn.Module, str]]]
 
 
 def _homes(model: nn.Module) -> list[Home]:
-    """(name, parameter, every module and key that holds it), for parameters on the meta device; a tied one comes once."""
+    """(name, parameter, every module and key that holds it), for parameters on the meta device; a tied one comes
+    once."""
     found: dict[int, Home] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -146,19 +151,18 @@ def _homes(model: nn.Module) -> list[Home]:
 
 def _sources(model: nn.Module, folder: ModelFolder, name: str, parameter: nn.Parameter) -> list[TensorEntry]:
     prefix = getattr(model, "base_model_prefix", "")
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    found = sources(folder, file_name(name), shape=tuple(parameter.shape), base_model_prefix=prefix, tied=tied)
-    for entry in found:
-        if entry.dtype not in DTYPES:
-            raise ModelError(f"{entry.file}: tensor {entry.name} has dtype {entry.dtype}; read are {', '.join(DTYPES)}")
-    return found
+    return sources(folder, file_name(name), tuple(parameter.shape), prefix, _tied(model))
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _allocate(homes: list[Home], partitioner: Partitioner | None, device: torch.device) -> dict[str, Tensor]:
     """Flat memory for what this rank keeps of each parameter, padding zeroed.
 
-    Frozen parameters share one allocation, so that the allocator wastes nothing between them. Trainable ones have their own:
-    DeepSpeed moves them into buffers of its own and frees these.
+    Frozen parameters share one allocation, so that the allocator wastes nothing between them. Trainable ones have
+    their own: DeepSpeed moves them into buffers of its own and frees these.
     """
     sizes = {name: partitioner.partition_numel(p.numel()) if partitioner else p.numel() for name, p, _ in homes}
     flat: dict[str, Tensor] = {}

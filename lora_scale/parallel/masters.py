@@ -1,8 +1,8 @@
 """The fp32 values and Adam moments of trainable tensors, wherever DeepSpeed's stage keeps them. Trainable tensors only.
 
-Each stage flattens differently. What they share: a trainable tensor's fp32 value is a run of some flat tensor that the
-optimizer steps, and its moments are the same run of that tensor's state. `parts` finds the runs of this rank; gathering and
-restoring need nothing else.
+Each stage flattens differently. What they share: a trainable tensor's fp32 value is a run of some flat tensor that
+the optimizer steps, and its moments are the same run of that tensor's state. `parts` finds the runs of this rank;
+gathering and restoring need nothing else.
 """
 
 from collections.abc import Iterator, Mapping
@@ -65,9 +65,9 @@ def _part(ds: Any, name: str, p: nn.Parameter) -> Part:
         flat = ds.optimizer.fp32_partitioned_groups_flat[group]
         return Part(name, p, shape, flat, int(offset), start, owned, p.ds_tensor.view(-1)[:owned])  # type: ignore[attr-defined]
     if hasattr(p, "_hp_mapping"):  # stages 1 and 2
-        if p._hp_mapping is None:  # type: ignore[attr-defined]
+        if p._hp_mapping is None:
             return Part(name, p, shape, None, 0, 0, 0, None)
-        here = p._hp_mapping  # type: ignore[attr-defined]
+        here = p._hp_mapping
         optimizer = ds.optimizer
         flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
         address = here.lp_fragment_address
@@ -94,7 +94,8 @@ def _state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
 
 
 def gather(ds: Any, found: list[Part], what: str) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, whole tensor in fp32 on the CPU) on rank 0, (name, None) elsewhere; a collective that every rank must drain.
+    """(name, whole tensor in fp32 on the CPU) on rank 0, (name, None) elsewhere; a collective that every rank must
+    drain.
 
     Only the owned runs travel, to rank 0 alone: as many bytes as the trainable tensors have.
     """

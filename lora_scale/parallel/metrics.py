@@ -1,4 +1,5 @@
-"""What a step did and cost on this rank: one row of metrics.jsonl; memory by the allocator's statistics and the kernel's own counts."""
+"""What a step did and cost on this rank: one row of metrics.jsonl; memory by the allocator's statistics and the
+kernel's own counts."""
 
 from pathlib import Path
 from typing import Any
@@ -6,17 +7,17 @@ from typing import Any
 import torch
 
 from lora_scale.parallel.engine import StepResult
-from lora_scale.parallel.world import World
+from lora_scale.parallel.setup import Job
+from lora_scale.spec import cost
 
 GIB = 1 << 30
 
 
-def row(
-    number: int, result: StepResult, lr: float, tokens: int, seconds: float, world: World, flops_per_token: float
-) -> dict[str, Any]:
-    """`tokens` are the step's over all ranks, padding not counted; `flops_per_token` is the 4N or 6N of spec.cost."""
+def row(number: int, result: StepResult, lr: float, tokens: int, seconds: float, job: Job) -> dict[str, Any]:
+    """`tokens` are the step's over all ranks, padding not counted."""
     rate = tokens / seconds
-    return {
+    per_gpu = rate / job.world.size
+    found = {
         "step": number,
         "loss": result.loss,
         "lr": lr,
@@ -24,11 +25,14 @@ def row(
         "tokens": tokens,
         "seconds": round(seconds, 6),
         "tokens_per_second": round(rate, 2),
-        "tokens_per_second_per_gpu": round(rate / world.size, 2),
-        "tflops_4n": round(flops_per_token * rate / world.size / 1e12, 4),
+        "tokens_per_second_per_gpu": round(per_gpu, 2),
+        "tflops_4n": round(cost.tflops(job.work.flops_per_token, per_gpu), 4),
         "phase_seconds": {phase: round(value, 6) for phase, value in result.seconds.items()},
-        "memory": memory(world.device),
+        "memory": memory(job.world.device),
     }
+    if job.work.peak_tflops is not None:
+        found["mfu"] = round(cost.mfu(job.work.with_attention, per_gpu, job.work.peak_tflops), 4)
+    return found
 
 
 def reset_peak(device: torch.device) -> None:
@@ -38,7 +42,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """GiB on this rank: the CUDA allocator's allocated, reserved and their peaks (GPU), anonymous host memory and its peak RSS."""
+    """GiB on this rank: the CUDA allocator's allocated, reserved and their peaks (GPU), anonymous host memory and its
+    peak RSS."""
     status = host_memory()
     found = {"rss_anon_gib": status["RssAnon"] / GIB, "rss_peak_gib": status["VmHWM"] / GIB}
     if device.type == "cuda":

@@ -1,4 +1,5 @@
-"""Which decoder layers keep only their input and recompute the rest in backward. Knows transformers' own switch, nothing of ZeRO."""
+"""Which decoder layers keep only their input and recompute the rest in backward. Knows transformers' own switch,
+nothing of ZeRO."""
 
 from torch import nn
 
@@ -23,7 +24,8 @@ def layer_numel(layers: list[nn.Module]) -> int:
 def apply(model: nn.Module, recompute: str | int) -> int:
     """Switch recompute on for `all`, `none` or the first so many decoder layers; returns how many.
 
-    Non-reentrant, because the reentrant form drops the gradient when a layer's input needs none: then nothing trains, silently.
+    Non-reentrant, because the reentrant form drops the gradient when a layer's input needs none: then nothing trains,
+    silently.
     """
     layers = decoder_layers(model)
     count = {"all": len(layers), "none": 0}.get(str(recompute), recompute)

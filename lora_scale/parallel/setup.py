@@ -1,6 +1,8 @@
-"""The steps before the first training step, each under its own name: data, model, engine. What they share is the config and the world."""
+"""The steps before the first training step, each under its own name: data, model, engine. What they share is the
+config and the world."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,16 @@ from lora_scale.parallel import load, recompute, zero3
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.engine import Engine, ds_config
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
-from lora_scale.spec import configfile
+from lora_scale.spec import configfile, cost, shapes
+from lora_scale.spec import hardware as gpus
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.errors import ConfigError, ModelError
 from lora_scale.spec.families import family
 from lora_scale.storage import dataset, hub, packing, provenance
 from lora_scale.storage.console import Console, bar, size
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
 from lora_scale.storage.packing import Batch, Blocks
 from lora_scale.storage.steps import StepPlan, check_batch_sizes, eval_batches
-
-
-def accumulation_steps(cfg: RunConfig, ranks: int) -> int:
-    """Micro-batches per optimizer step on each rank."""
-    return cfg.train.global_batch_size // (cfg.train.micro_batch_size * ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,15 @@ class Parameters:
 
     total: int
     trainable: int
-    active: int  # that a token meets, without the input embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Arithmetic of one token, in FLOPs, and what a GPU could do; definitions in spec.cost."""
+
+    flops_per_token: float  # 4N for an adapter, 6N for full fine-tuning
+    with_attention: float  # and the attention scores and values over the documents' lengths
+    peak_tflops: float | None  # of the GPU in bf16; None where it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +74,7 @@ class Job:
     engine: Engine
     loaded: load.Loaded
     parameters: Parameters
-
-    @property
-    def flops_per_token(self) -> float:
-        """4N for an adapter, 6N for full fine-tuning; N without the input embedding (spec.cost)."""
-        return (4 if self.cfg.method == "lora" else 6) * self.parameters.active
+    work: Work
 
     def state(self, step: int, tokens_seen: int) -> State:
         """What a checkpoint after `step` steps says of this run."""
@@ -120,18 +122,22 @@ def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
 
 
 def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
-    """Rows to blocks to steps. The first rank reads and tokenises; every rank gets all blocks and keeps its part of each step."""
+    """Rows to blocks to steps. The first rank reads and tokenises; every rank gets all blocks and keeps its part of
+    each step."""
     check_batch_sizes(cfg.train.global_batch_size, cfg.train.micro_batch_size, world.size)
     known = family(str(folder.config.get("model_type")))
     if cfg.data.packing and not (known and known.packs):
         raise ConfigError(
-            f"data.packing is true, but model type {folder.config.get('model_type')!r} is not known to keep packed documents "
+            f"data.packing is true, but model type {folder.config.get('model_type')!r} is not known to keep "
+            "packed documents "
             "apart; set data.packing=false"
         )
     if cfg.data.packing and cfg.model.attention == "flash_attention_2" and cfg.train.micro_batch_size > 1:
         raise ConfigError(
-            f"model.attention is flash_attention_2 and train.micro_batch_size is {cfg.train.micro_batch_size}: it keeps packed "
-            "documents apart at 1 only; set train.micro_batch_size=1 with a larger data.seq_len, or model.attention=sdpa"
+            f"model.attention is flash_attention_2 and train.micro_batch_size is {cfg.train.micro_batch_size}: it "
+            "keeps packed "
+            "documents apart at 1 only; set train.micro_batch_size=1 with a larger data.seq_len, or "
+            "model.attention=sdpa"
         )
     blocks, validation = on_rank_zero(lambda: blocks_of_run(cfg, folder))
     train = cfg.train
@@ -200,7 +206,7 @@ def start_engine(
     layers = recompute.decoder_layers(model)
     config = ds_config(
         cfg,
-        accumulation_steps(cfg, world.size),
+        cost.accumulation_steps(cfg, world.size),
         recompute.layer_numel(layers),
         parameters.trainable,
         sorted({type(layer).__name__ for layer in layers}),
@@ -211,10 +217,16 @@ def start_engine(
     model.to(world.device)  # the adapters; what was filled is there already
     screen.line(
         f"loaded   {size(loaded.nbytes)} a rank in {loaded.seconds:.1f} s ({loaded.gb_per_second:.2f} GB/s); "
-        f"trains {parameters.trainable:,} of {parameters.total:,} parameters ({parameters.trainable / parameters.total:.2%})"
+        f"trains {parameters.trainable:,} of {parameters.total:,} parameters "
+        f"({parameters.trainable / parameters.total:.2%})"
     )
+    if loaded.unused:
+        screen.line(
+            f"note     {len(loaded.unused)} tensors of the base are not used by this model, first {loaded.unused[0]}"
+        )
     engine = Engine(model, cfg, world, config, dropout)
-    return Job(cfg, world, folder, identity, data, engine, loaded, parameters)
+    work = work_of(cfg, folder, parameters, data, world)
+    return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work)
 
 
 def say_data(cfg: RunConfig, data: Data, world: World, screen: Console) -> None:
@@ -224,10 +236,12 @@ def say_data(cfg: RunConfig, data: Data, world: World, screen: Console) -> None:
         f"data     {stats['rows']:,} rows -> {len(data.blocks):,} blocks of {cfg.data.seq_len} tokens "
         f"({data.blocks.efficiency:.1%} full, {stats['target_tokens']:,} tokens trained)"
     )
-    accumulation = accumulation_steps(cfg, world.size)
+    accumulation = cost.accumulation_steps(cfg, world.size)
     screen.line(
-        f"steps    {data.plan.total_steps:,} of {cfg.train.global_batch_size} blocks: {world.size} rank{'s' * (world.size > 1)} x "
-        f"{cfg.train.micro_batch_size} a pass x {accumulation} accumulated; ZeRO-{cfg.parallel.zero_stage}, {cfg.precision}, {world.device.type}"
+        f"steps    {data.plan.total_steps:,} of {cfg.train.global_batch_size} blocks: {world.size} "
+        f"rank{'s' * (world.size > 1)} x "
+        f"{cfg.train.micro_batch_size} a pass x {accumulation} accumulated; ZeRO-{cfg.parallel.zero_stage}, "
+        f"{cfg.precision}, {world.device.type}"
     )
 
 
@@ -236,22 +250,30 @@ def count(model: nn.Module) -> Parameters:
     sizes = {id(p): zero3.numel(p) for p in model.parameters()}
     trainable = sum(sizes[id(p)] for p in model.parameters() if p.requires_grad)
     total = sum(sizes.values())
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    tied = output is not None and output.weight is embedding
-    return Parameters(total, trainable, total - trainable - (0 if tied else zero3.numel(embedding)))
+    return Parameters(total, trainable)
 
 
-def _load_bar(screen: Console) -> Any:
+def work_of(cfg: RunConfig, folder: ModelFolder, parameters: Parameters, data: Data, world: World) -> Work:
+    """The work of a token of this run's data; for a model type without a row of shapes, N is every parameter."""
+    lengths = data.blocks.documents.lengths.astype("float64")
+    attended = float((lengths * (lengths + 1)).sum() / 2 / lengths.sum())
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    peak = gpus.peak_tflops(name) if cfg.precision == "bf16" else None
+    try:
+        model = shapes.architecture(folder.config)
+    except ModelError:
+        flops = float((4 if cfg.method == "lora" else 6) * parameters.total)
+        return Work(flops, flops, peak)
+    flops = float(cost.flops_per_token(model, cfg))
+    return Work(flops, flops + cost.attention_flops_per_token(model, attended), peak)
+
+
+def _load_bar(screen: Console) -> Callable[[int, int], None]:
     start = time.perf_counter()
 
     def show(done: int, total: int) -> None:
-        seconds = max(1e-3, time.perf_counter() - start)
-        screen.live(
-            lambda: (
-                f"loading  {bar(done, total)} {size(done)} of {size(total)} a rank, {done / 1e9 / seconds:.2f} GB/s"
-            )
-        )
+        rate = done / max(1e-3, time.perf_counter() - start)
+        screen.live(lambda: f"loading  {bar(done, total)} {size(done)} of {size(total)} a rank, {size(rate)}/s")
 
     return show
 

@@ -1,4 +1,5 @@
-"""Which rank this process is, on which device, and how ranks agree. Knows launchers' variables; knows no model and no ZeRO."""
+"""Which rank this process is, on which device, and how ranks agree. Knows launchers' variables; knows no model and no
+ZeRO."""
 
 import importlib
 import os
@@ -58,7 +59,8 @@ def from_environment(env: Mapping[str, str] = os.environ) -> World | None:
     if half:
         missing = sorted(set(LAUNCHERS["deepspeed or torchrun"]) - half)
         raise ConfigError(
-            f"{', '.join(sorted(half))} set but not {', '.join(missing)}; start with deepspeed or torchrun, or unset them"
+            f"{', '.join(sorted(half))} set but not {', '.join(missing)}; start with deepspeed or torchrun, or "
+            "unset them"
         )
     return None
 
@@ -80,24 +82,46 @@ def start(world: World | None, timeout_minutes: float) -> World:
     if on_gpu:
         if world.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {world.local_rank} has no GPU: {torch.cuda.device_count()} visible on {socket.gethostname()}; "
+                f"local rank {world.local_rank} has no GPU: {torch.cuda.device_count()} visible on "
+                f"{socket.gethostname()}; "
                 "start as many ranks as there are GPUs"
             )
         torch.cuda.set_device(world.device)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    _check_accelerator("cuda" if on_gpu else "cpu")
     if world.launcher == "none":  # no launcher: a group of one, on a port nobody else has
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"{' and '.join(missing)} not set in the environment of {world.launcher}; "
+            "set both, to the first rank's host and a free port there"
+        )
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     timeout = timedelta(minutes=timeout_minutes)
     options: dict[str, Any] = {"device_id": world.device} if on_gpu else {}
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **options)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **options)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"the ranks cannot meet at {where} (MASTER_ADDR, MASTER_PORT): {why}") from error
     deepspeed = _deepspeed()
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=timeout)
     return world
 
 
+def _check_accelerator(found: str) -> None:
+    """DeepSpeed takes its device from DS_ACCELERATOR; torch finds its own. They must agree."""
+    named = os.environ.setdefault("DS_ACCELERATOR", found)
+    if named != found:
+        hide = ", or hide the GPUs with CUDA_VISIBLE_DEVICES=" if named == "cpu" else ""
+        raise ConfigError(
+            f"DS_ACCELERATOR is {named!r} in the environment, but torch uses {found} here; unset it{hide}"
+        )
+
+
 def _deepspeed() -> Any:
-    """Import DeepSpeed without its shared-memory helper for CPUs, which compiles for 90 s and, killed midway, locks later jobs."""
+    """Import DeepSpeed without its shared-memory helper for CPUs, which compiles for 90 s and, killed midway, locks
+    later jobs."""
     deepspeed = importlib.import_module("deepspeed")
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -126,7 +150,8 @@ def launch_token(world: World | None) -> str:
 
 
 def stop() -> None:
-    """Leave the process group. Call it on every rank that comes to a regular end: an abort at exit was seen without it."""
+    """Leave the process group. Call it on every rank that comes to a regular end: an abort at exit was seen without
+    it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -150,7 +175,8 @@ def on_rank_zero(fn: Callable[[], T]) -> T:
 
 
 def on_every_rank(fn: Callable[[], T]) -> T:
-    """Call fn on every rank; when any raises, every rank raises the first rank's error, so that none is left waiting."""
+    """Call fn on every rank; when any raises, every rank raises the first rank's error, so that none is left
+    waiting."""
     result: Any = None
     error: Exception | None = None
     try:

@@ -1,7 +1,8 @@
 """DeepSpeed's private form of a ZeRO-3 parameter, made without a collective. The only module that knows its fields.
 
-`deepspeed.zero.Init` makes a parameter whole on every rank, broadcasts it from rank 0, and then cuts it. A checkpoint on disk
-makes all three unnecessary: a partition is one contiguous run of the flattened parameter, so a rank can read its own.
+`deepspeed.zero.Init` makes a parameter whole on every rank, broadcasts it from rank 0, and then cuts it. A checkpoint
+on disk makes all three unnecessary: a partition is one contiguous run of the flattened parameter, so a rank can read
+its own.
 """
 
 import importlib

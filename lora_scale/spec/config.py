@@ -49,7 +49,8 @@ class LoraConfig(Section):
     dropout: Fraction = 0.0
     """Dropout probability on the adapter's input (PEFT: lora_dropout)."""
     target_modules: Names = ("q", "v")
-    """Which linear layers are adapted. Roles (`q`, `k`, `v`, `o`, `mlp`, `all-linear`), names as in the model (`q_proj`), or
+    """Which linear layers are adapted. Roles (`q`, `k`, `v`, `o`, `mlp`, `all-linear`), names as in the model
+    (`q_proj`), or
     regular expressions that must match a whole module name (`re:.*layers\\.[0-3]\\..*q_proj`)."""
     rank_pattern: dict[str, Positive] = {}
     """Another r for the modules whose name matches a pattern (PEFT: rank_pattern)."""
@@ -58,14 +59,16 @@ class LoraConfig(Section):
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r): https://arxiv.org/abs/2312.03732."""
     init_A: Literal["kaiming", "gaussian"] = "kaiming"
-    """Distribution of A at the start: PEFT's default, or the paper's Gaussian (standard deviation 1/r, as PEFT's). B starts at zero."""
+    """Distribution of A at the start: PEFT's default, or the paper's Gaussian (standard deviation 1/r, as PEFT's). B
+    starts at zero."""
 
 
 class DataConfig(Section):
     """Rows, and how they become blocks of tokens."""
 
     train: PathValue
-    """JSONL file: rows of {"prompt", "completion"}, {"messages"}, {"text"}, or {"input_ids"} with optional {"labels"}."""
+    """JSONL file: rows of {"prompt", "completion"}, {"messages"}, {"text"}, or {"input_ids"} with optional
+    {"labels"}."""
     validation: PathValue | float | None = None
     """JSONL file, or a fraction of the training rows (0.02), or nothing: then no validation loss."""
     seq_len: Positive = 1024
@@ -73,7 +76,8 @@ class DataConfig(Section):
     packing: bool = True
     """Put several documents into one block; attention never crosses from one to another."""
     train_on: Literal["completion", "all"] = "completion"
-    """Which tokens carry loss: the completion (the assistant's messages), or every token. {"text"} rows always train on all."""
+    """Which tokens carry loss: the completion (the assistant's messages), or every token. {"text"} rows always train
+    on all."""
     max_rows: Positive | None = None
     """Use only the first so many training rows."""
 
@@ -86,7 +90,8 @@ class TrainConfig(Section):
     max_steps: Positive | None = None
     """Optimizer steps."""
     global_batch_size: Positive = 8
-    """Blocks per optimizer step over all ranks. Accumulation steps = global_batch_size / (micro_batch_size x data-parallel ranks)."""
+    """Blocks per optimizer step over all ranks. Accumulation steps = global_batch_size / (micro_batch_size x
+    data-parallel ranks)."""
     micro_batch_size: Positive = 1
     """Blocks per rank in one forward pass."""
     lr: PositiveFloat = 2e-4
@@ -144,10 +149,12 @@ class RunConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the base and of the arithmetic. Adapter weights and optimizer state are fp32 in both."""
     recompute: Literal["all", "none"] | NonNegative = "all"
-    """Decoder layers that keep only their input and recompute the rest in the backward pass: all, none, or the first so many
+    """Decoder layers that keep only their input and recompute the rest in the backward pass: all, none, or the first
+    so many
     (elsewhere: gradient or activation checkpointing)."""
     resume: Literal["auto", "never"] | PathValue = "auto"
-    """`auto` goes on from the newest checkpoint in `run_dir`; `never` refuses a `run_dir` that has one; or the path of a checkpoint."""
+    """`auto` goes on from the newest checkpoint in `run_dir`; `never` refuses a `run_dir` that has one; or the path
+    of a checkpoint."""
     seed: NonNegative = 0
     """Seeds the adapter's initialisation, the data order and dropout. Results do not depend on the number of ranks."""
     lora: LoraConfig = LoraConfig()

@@ -1,4 +1,5 @@
-"""What can go wrong in a way the user can act on, and the exit code of each. Messages name the key, the value and the way out."""
+"""What can go wrong in a way the user can act on, and the exit code of each. Messages name the key, the value and the
+way out."""
 
 from typing import ClassVar
 

@@ -15,8 +15,8 @@ class Gpu:
 
 
 # Peaks: data sheets "NVIDIA H200", "NVIDIA H100" (SXM), "NVIDIA A100 80GB" and "NVIDIA L40S"; where a sheet prints the
-# figure with sparsity (H200 and H100: 1,979; L40S: 733) half of it. The memory of the H200 was read on one; the others'
-# are rounded down from the size that the driver reports.
+# figure with sparsity (H200 and H100: 1,979; L40S: 733) half of it. The H200's memory is that of the machines this
+# project runs on; the others' are rounded down from what the driver reports, and not read by us.
 GPUS = {
     "h200": Gpu(139.0, 989.4, ("NVIDIA H200",)),
     "h100-80": Gpu(79.0, 989.4, ("NVIDIA H100 80GB HBM3",)),

@@ -158,7 +158,7 @@ def _falcon(config: Config) -> Architecture:
         keys = option(config, "num_kv_heads", heads) * head_dim
     elif config.get("multi_query", True):
         keys = head_dim
-    norms = ("input_layernorm",)
+    norms: tuple[str, ...] = ("input_layernorm",)
     if not config.get("parallel_attn", True):
         norms = ("post_attention_layernorm", "input_layernorm")
     elif option(config, "num_ln_in_parallel_attn", 2 if grouped else 1) == 2:

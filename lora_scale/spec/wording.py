@@ -27,7 +27,6 @@ def binary(nbytes: float) -> str:
 
 
 def decimal(nbytes: float) -> str:
-    """In TB, GB or MB, by thousands: as the literature counts, and as disks and networks are sold."""
-    if nbytes >= 1e12:
-        return f"{nbytes / 1e12:.1f} TB"
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    """In TB, GB, MB or kB, by thousands: as the literature counts, and as disks and networks are sold."""
+    unit, name = next(((u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if nbytes >= u), (1e3, "kB"))
+    return f"{nbytes / unit:.1f} {name}"

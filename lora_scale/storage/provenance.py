@@ -1,4 +1,5 @@
-"""Where a result comes from: the command, the commit of this program, the versions of what it stands on. No heavy import."""
+"""Where a result comes from: the command, the commit of this program, the versions of what it stands on. No heavy
+import."""
 
 import importlib.metadata
 import os
@@ -46,4 +47,5 @@ def command() -> list[str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

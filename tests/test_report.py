@@ -1,0 +1,246 @@
+"""`lora-scale report` on run directories of every state: whole, unfinished, resumed, damaged, and none at all."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from lora_scale.cli import main
+from lora_scale.spec import cost, named
+from lora_scale.spec.config import RunConfig
+from lora_scale.storage import weights
+from lora_scale.storage.runlog import RunLog
+
+ROOT = Path(__file__).parent.parent
+MANIFEST: dict[str, Any] = {
+    "command": ["lora-scale", "train", "run.yaml", "lora.r=4"],
+    "commit": "0123456789abcdef",
+    "versions": {"lora-scale": "0.1.0", "torch": "2.13.0"},
+    "hardware": {"device": "NVIDIA H200", "memory_gib": 139.8},
+    "ranks": 2,
+    "started": "2026-11-22T00:00:00+00:00",
+    "resumed_step": 0,
+    "base_fingerprint": "sha256:feed",
+    "config_sha256": "beef",
+    "parameters": {"total": 1_000_000, "trainable": 1_000, "active": 900_000},
+    "load": {"bytes": 14_000_000_000, "seconds": 2.0},
+    "data": {"rows": 1200, "truncated_rows": 3},
+}
+CONFIG = {
+    "model": {"path": "x"}, "data": {"train": "x"}, "run_dir": "x", "train": {"max_steps": 10},
+}  # fmt: skip
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    memory = {"peak_gib": 50.0 + step, "allocated_gib": 20.0, "rss_anon_gib": 3.5}
+    speed = {"tokens_per_second": 100.0 * step, "tokens_per_second_per_gpu": 50.0 * step, "seconds": 2.0 / step}
+    phases = {"forward": 0.5, "backward": 1.0}
+    base = {"step": step, "loss": 4.0 / step, "lr": 1e-4, "grad_norm": 0.5, "memory": memory, "phase_seconds": phases}
+    return base | speed | more
+
+
+def write_run(run: Path, rows: list[dict[str, Any]], **manifest: Any) -> Path:
+    resolved = RunConfig.model_validate(CONFIG).model_dump(mode="json")
+    with RunLog(run, config_text="", resolved=resolved) as log:
+        for one in rows:
+            log.write_row(one)
+        log.write_manifest({key: value for key, value in (MANIFEST | manifest).items() if value is not None})
+    return run
+
+
+def write_checkpoint(run: Path, step: int) -> Path:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir()
+    weights.write_safetensors(folder / "adapter_model.safetensors", [("a", "F32", (256, 1024))], [bytes(1 << 20)])
+    weights.write_safetensors(folder / "optimizer.safetensors", [("a", "F32", (512, 1024))], [bytes(2 << 20)])
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    return folder
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        main(["report", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return int(exit.value.code or 0), out, err
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    rows = [{"step": 0, "val_loss": 4.5}, *(row(step) for step in range(1, 10)), row(10, val_loss=2.5)]
+    return write_run(tmp_path / "first", rows)
+
+
+def test_a_finished_run(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    write_checkpoint(run, 10)
+    code, out, err = report(capsys, run)
+    assert code == 0 and err.startswith("written: ")
+    assert (run / "report.md").read_text() == out
+    assert out.startswith("# Run first\n\n10 optimizer steps of x (lora, ZeRO-3, bf16); loss 4.0000 -> 0.4000; ")
+    assert "validation loss 4.5000 -> 2.5000; 700 tokens/s on 2 ranks; peak 60.0 GiB allocated on the first GPU." in out
+    ran = section(out, "What ran")
+    for text in (
+        "`lora-scale train run.yaml lora.r=4`",
+        "0123456789abcdef",
+        "torch 2.13.0",
+        "NVIDIA H200",
+        "sha256:feed",
+    ):
+        assert text in ran
+    assert "| trained | 1,000 (0.100%) |" in ran
+    assert "| weights read, first rank | 14.0 GB in 2.0 s (7.00 GB/s) |" in section(out, "Data and loading")
+    assert "| 10 | 3.0 MiB | adapter_model.safetensors 1.0 MiB, optimizer.safetensors 2.0 MiB |" in out
+
+
+def test_figures_are_those_of_the_rows(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    _, out, _ = report(capsys, run)
+    losses = [4.0 / step for step in range(1, 11)]
+    assert f"| loss | 4 | 0.4 | {median(losses):.5g} | 0.4 | 4 |" in section(out, "Loss")
+    assert "| validation loss | 4.5 | 2.5 | 3.5 | 2.5 | 4.5 |" in section(out, "Loss")
+    speed = section(out, "Speed")  # steps 4 to 10
+    assert speed.startswith("\n7 steps, the first 3 left out.\n")
+    assert "| tokens/s | 700 | 400 | 1,000 |" in speed
+    assert "| seconds in backward | 1 | 1 | 1 |" in speed
+    assert "| peak allocated | 60.00 GiB |" in section(out, "Memory")
+    assert "MFU" not in speed, "no record has it"
+
+
+def test_the_plan_stands_beside_the_measurement(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cfg = RunConfig.model_validate(CONFIG | {"train": {"max_steps": 10}})
+    plan = cost.plan_row(named.shape("llama-7.2b"), cfg, 2)
+    _, out, _ = report(capsys, write_run(tmp_path / "run", [row(1)], plan=plan))
+    memory = section(out, "Memory")
+    assert "|  | this run | full fine-tuning |" in memory
+    assert "| base weights, frozen | 6.7 GiB |  |" in memory
+    assert "| **model states, exact** | 6.8 GiB | 60.9 GiB |" in memory
+
+
+def test_what_is_missing_is_said_to_be_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [])
+    (run / "manifest.json").write_text("{}")
+    code, out, _ = report(capsys, run)
+    assert code == 0
+    assert "No step yet" in out and "- no step has been recorded" in section(out, "Warnings")
+    for text in ("Loss: not recorded.", "Validation loss: not recorded.", "Speed: not recorded."):
+        assert text in out
+    assert "| commit | not recorded (an installed package has none) |" in out
+    assert "| parameters | not recorded |" in out and "| weights read, first rank | not recorded |" in out
+    assert "Computed before the run: not recorded." in out and "Measured: not recorded." in out
+    assert "None." in section(out, "Checkpoints")
+    assert "svg" not in out and not list(run.glob("*.svg"))
+
+
+def test_a_cpu_run_has_no_gpu_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = [row(1, memory={"rss_anon_gib": 1.5})]
+    _, out, _ = report(capsys, write_run(tmp_path / "run", rows, hardware={"device": "cpu"}))
+    assert "| host memory, anonymous | 1.50 GiB |" in out
+    assert "GPU memory: not recorded (the run had no GPU)." in out
+    assert "peak" not in out.split("## Warnings")[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "manifest", "warning"),
+    [
+        ([row(1), row(2)], {}, "the records end at step 2 of 10"),
+        ([row(1), row(2, loss=float("nan"))], {}, "the loss was not finite, or not recorded, at 1 step, first 2"),
+        ([row(1, val_loss=2.0), row(10, val_loss=2.1)], {}, "validation loss did not fall: 2.0000 before, 2.1000"),
+        (
+            [row(1, val_loss=3.0), row(2, val_loss=2.0), row(10, val_loss=2.5)],
+            {},
+            "the last validation loss, 2.5000, is above the least, 2.0000",
+        ),
+        ([row(10)], {}, "3 rows longer than data.seq_len were cut"),
+        ([row(10)], {"commit": "abc+changes"}, "the program had changes that its commit does not hold"),
+    ],
+)
+def test_warnings(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, rows: list[Any], manifest: dict[str, Any], warning: str
+) -> None:
+    _, out, _ = report(capsys, write_run(tmp_path / "run", rows, **manifest))
+    assert f"- {warning}" in section(out, "Warnings")
+
+
+def test_no_warning_without_a_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = [{"step": 0, "val_loss": 3.0}, row(10, val_loss=2.0)]
+    _, out, _ = report(capsys, write_run(tmp_path / "run", rows, data={"rows": 5, "truncated_rows": 0}))
+    assert section(out, "Warnings").strip() == "None."
+
+
+def test_a_damaged_checkpoint_is_named(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    path = write_checkpoint(run, 10) / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    _, out, _ = report(capsys, run)
+    assert "- checkpoint step-000010 is damaged: " in section(out, "Warnings")
+    assert "None." in section(out, "Checkpoints")
+
+
+def test_out_and_the_picture_beside_it(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    _, out, _ = report(capsys, run, "--out", tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == out and not (run / "report.md").exists()
+    assert "![loss by step](page-loss.svg)" in out
+    picture = ET.parse(tmp_path / "page-loss.svg").getroot()
+    lines = [e for e in picture.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(line.attrib["points"].split()) for line in lines] == [10, 2], "training, then validation"
+
+
+def test_every_table_row_has_as_many_cells_as_its_head(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    write_checkpoint(run, 10)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"command": ["a|b", "c\nd"]}))
+    _, out, _ = report(capsys, run)
+    for block in out.split("\n\n"):
+        if block.startswith("|"):
+            cells = {line.replace("\\|", "").count("|") for line in block.splitlines()}
+            assert len(cells) == 1, block
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is not a folder; give the run directory"),
+        (["."], "has no metrics.jsonl; give the run directory"),
+    ],
+)
+def test_mistakes(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = report(capsys, *arguments)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_out_in_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    code, _, err = report(capsys, run, "--out", run / "pages" / "a.md")
+    assert code == 2 and "is no folder; make it first" in err
+
+
+def test_it_answers_within_a_second_without_torch(run: Path) -> None:
+    code = (
+        "import sys; from lora_scale.cli import main\n"
+        f"try: main(['report', {str(run)!r}])\n"
+        "except SystemExit as exit: assert not exit.code, exit.code\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'numpy', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 1.0, seconds
