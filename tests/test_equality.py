@@ -46,12 +46,33 @@ def references(trees: dict[str, dict[str, Any]]) -> dict[str, Trace]:
     return {"lora": reference(trees["stage 3"]), "full": reference(trees["full, stage 3, recompute"])}
 
 
+COVERING = (
+    "stage 3",
+    "stage 3, recompute",
+    "full, stage 3, recompute",
+)  # at 1 and 3 ranks, where the whole grid is long
+
+
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        (2, (*CASES, *FULL)),
+        (1, COVERING),
+        (3, COVERING),
+        pytest.param(1, (*CASES, *FULL), marks=pytest.mark.long),
+        pytest.param(3, (*CASES, *FULL), marks=pytest.mark.long),
+    ],
+    ids=["2", "1", "3", "1-all", "3-all"],
+)
 def test_losses_and_gradients_equal_one_process(
-    ranks: int, trees: dict[str, dict[str, Any]], references: dict[str, Trace], tmp_path: Path
+    ranks: int,
+    names: tuple[str, ...],
+    trees: dict[str, dict[str, Any]],
+    references: dict[str, Trace],
+    tmp_path: Path,
 ) -> None:
-    usable = {n: t for n, t in trees.items() if 6 % (ranks * t["train"].get("micro_batch_size", 1)) == 0}
+    usable = {n: trees[n] for n in names if 6 % (ranks * trees[n]["train"].get("micro_batch_size", 1)) == 0}
     traces = run_ranks(ranks, "training:run_cases", usable, folder=tmp_path, timeout=360)[0]
     failures = []
     for name, trace in traces.items():

@@ -1,5 +1,7 @@
 """Loading: each rank reads its own bytes once, every value arrives, and a fault reaches all ranks as one message."""
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -181,3 +183,26 @@ def test_gradient_checkpointing_is_on_in_train_mode(tmp_path: Path) -> None:
     model, _, _ = setup.build_model(cfg, open_folder(cfg.model.path))
     assert model.training
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_memory_of_loading_a_large_checkpoint(tmp_path: Path) -> None:
+    """At least 4 GB over 4 ranks: anonymous memory above that before loading is the own partition and less than 256 MiB."""
+    folder = tmp_path / "model"
+    script = Path(__file__).parent.parent / "scripts" / "make_checkpoint.py"
+    subprocess.run([sys.executable, str(script), "8b", str(folder), "--layers", "9"], check=True)
+    tree = config(folder, tmp_path / "no.jsonl", tmp_path / "run", precision="bf16")
+    found = run_ranks(4, "test_load:bytes_of_loading", tree, folder=tmp_path / "ranks", timeout=600)
+    weights = found[0]["weights"]
+    figures = {
+        "weights_bytes": weights,
+        "read_over_weights": sum(one["read"] for one in found) / weights,
+        "kept_bytes": [one["kept"] for one in found],
+        "anonymous_above_partition_mib": [round(one["extra"] / 2**20, 1) for one in found],
+    }
+    print(figures)
+    assert weights >= 4e9
+    assert 1.0 <= figures["read_over_weights"] <= 1.02
+    assert max(figures["anonymous_above_partition_mib"]) < 256
+    assert len({one["digest"] for one in found}) == 4, "two ranks hold the same values"

@@ -128,6 +128,10 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
     data = setup.read_data(cfg, folder, here)
     setup.say_data(cfg, data, here, screen)
     saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
+    if saved and saved.step >= data.plan.total_steps:
+        way_on = "a larger train.max_steps or train.epochs goes on"
+        screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
+        return
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
     for note in (*notes, *data.notes, *more):
@@ -144,9 +148,6 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
 def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, first: int, tokens_seen: int) -> None:
     """The steps from `first` (finished ones are not repeated) to the last."""
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
-    if first >= total:
-        screen.line(f"finished already: {first} of {total} steps. A larger train.max_steps or train.epochs goes on")
-        return
     learning, val_loss = guards.LearningGuard(engine.ds), None
     if data.validation and first == 0:
         val_loss = engine.evaluate(data.validation)

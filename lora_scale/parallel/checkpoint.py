@@ -109,7 +109,7 @@ def read_state(path: Path) -> State:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no checkpoint of this program: it has no {STATE}") from None
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / STATE} is damaged ({error}); resume from an older checkpoint") from error
+        raise CheckpointError(f"{path / STATE} is damaged ({error}); delete {path} to go on from an older checkpoint") from error
 
 
 def check_resumable(saved: State, now: State, path: Path) -> None:
@@ -123,9 +123,10 @@ def check_resumable(saved: State, now: State, path: Path) -> None:
     changed: list[str] = []
     for section in ("method", "seed", "global_batch_size", "lora", "data"):
         before, after = getattr(saved, section), getattr(now, section)
+        key = "train.global_batch_size" if section == "global_batch_size" else section
         if section == "lora" and now.method != "lora":
             continue
-        changed += differences({section: before}, {section: after})
+        changed += differences({key: before}, {key: after})
     if changed:
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(changed)}. Set them back, or set another run_dir"
@@ -149,7 +150,7 @@ def restore(engine: Engine, path: Path, state: State, key: Callable[[str], str])
 def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """All fp32 tensors of one file; the names and shapes must be exactly these."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; resume from an older checkpoint")
+        raise CheckpointError(f"{path} is missing; delete {path.parent} to go on from an older checkpoint")
     entries, _ = read_safetensors(path)
     if entries.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - entries.keys()), sorted(entries.keys() - shapes.keys())
@@ -170,7 +171,7 @@ def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
             )
             if not tensor.isfinite().all():
                 raise CheckpointError(
-                    f"{path}: {name} holds a value that is not finite; resume from an older checkpoint"
+                    f"{path}: {name} holds a value that is not finite; delete {path.parent} to go on from an older checkpoint"
                 )
             tensors[name] = tensor
     return tensors

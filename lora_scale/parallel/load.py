@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_scale.adapters.lora import file_name
 from lora_scale.parallel.zero3 import Partitioner
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.errors import ModelError
+from lora_scale.spec.errors import ConfigError, ModelError
 from lora_scale.spec.layout import ByteRange, Placement, TensorEntry, byte_ranges
 from lora_scale.storage.folder import ModelFolder, sources, unused
 from lora_scale.storage.weights import Reader
@@ -38,20 +38,43 @@ def dtype_of(cfg: RunConfig) -> torch.dtype:
 def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
     """The model on the meta device, in train mode, with real buffers (rotary frequencies and such) on the CPU."""
     transformers = importlib.import_module("transformers")
-    config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=cfg.model.trust_remote_code)
+    config = read_config(folder, cfg)
     for key, value in config.to_dict().items():
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
             setattr(config, key, cfg.model.dropout)
     config.use_cache = False
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype_of(cfg),
-            attn_implementation=cfg.model.attention,
-            trust_remote_code=cfg.model.trust_remote_code,
-        )
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype_of(cfg),
+                attn_implementation=cfg.model.attention,
+                trust_remote_code=cfg.model.trust_remote_code,
+            )
+    except ImportError as error:
+        raise ConfigError(f"model.attention is {cfg.model.attention}, which is not to be had here: {_first(error)}") from error
+    except Exception as error:  # transformers raises many kinds
+        raise ModelError(f"{folder.path}: transformers cannot build this model: {_first(error)}") from error
     rebuild_buffers(model)
     return model.train()  # transformers builds in eval mode, where recompute is silently off
+
+
+def read_config(folder: ModelFolder, cfg: RunConfig) -> Any:
+    """The base's config.json as transformers reads it."""
+    transformers = importlib.import_module("transformers")
+    path, model_type = folder.path / "config.json", folder.config.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING and not cfg.model.trust_remote_code:
+        known = f"which transformers {transformers.__version__} does not know; a newer one may"
+        raise ModelError(f"{path} has model_type {model_type!r}, {known}")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=cfg.model.trust_remote_code)
+    except Exception as error:  # transformers and what checks its classes raise many kinds
+        raise ModelError(f"{path} is refused by transformers: {_first(error)}; download it again") from error
+
+
+def _first(error: Exception) -> str:
+    """An error of a library on one line, its longer advice left out."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def rebuild_buffers(model: nn.Module) -> None:

@@ -113,6 +113,7 @@ def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
     """The base's headers, read by every rank, and its fingerprint, computed by the first."""
     path = on_every_rank(lambda: hub.resolve(cfg.model))
     folder = on_every_rank(lambda: open_folder(path, cfg.model.trust_remote_code))
+    on_every_rank(lambda: load.read_config(folder, cfg) and None)  # before the data is read
     identity = on_rank_zero(lambda: fingerprint(folder))
     screen.line(
         f"base     {cfg.model.path}: {folder.config.get('model_type')}, {len(folder.files)} files, "

@@ -1,0 +1,77 @@
+"""Who is who: launchers' variables, and ranks that fail together."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+from lora_scale.parallel.world import World, from_environment, on_every_rank, on_rank_zero
+from lora_scale.spec.errors import CheckpointError, ConfigError, TrainingError
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World("deepspeed or torchrun", 3, 8, 1)),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+            World("openmpi", 1, 2, 0),
+        ),
+        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, World("slurm", 9, 16, 1)),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, World("mpich", 0, 2, 0)),
+        ({}, None),
+    ],
+)
+def test_launchers(env: dict[str, str], expected: World | None) -> None:
+    assert from_environment(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "8", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}, "RANK=8 with WORLD_SIZE=8"),
+        ({"RANK": "x", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}, "RANK='x' in the environment; expected a number"),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, "RANK, WORLD_SIZE set but not LOCAL_RANK"),
+    ],
+)
+def test_variables_that_make_no_sense(env: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_environment(env)
+
+
+def agree(here: World) -> dict[str, Any]:
+    """What every rank gets when one raises; a rank that waits for another in a collective would run into the time limit."""
+
+    def only(rank: int, error: Exception) -> int:
+        if here.rank == rank:
+            raise error
+        return here.rank
+
+    found: dict[str, Any] = {"value": on_rank_zero(lambda: 42), "own": on_every_rank(lambda: here.rank)}
+    begin = time.monotonic()
+    for name, call in {
+        "first": lambda: on_rank_zero(lambda: only(0, CheckpointError("file: 0 bytes"))),
+        "second": lambda: on_every_rank(lambda: only(1, CheckpointError("file: 1 byte"))),
+        "foreign": lambda: on_rank_zero(lambda: only(0, OSError("disk full"))),
+    }.items():
+        try:
+            call()
+        except (CheckpointError, TrainingError, OSError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    found["seconds"] = time.monotonic() - begin
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(150)
+def test_all_ranks_fail_together(tmp_path: Path) -> None:
+    everyone = run_ranks(3, "test_world:agree", folder=tmp_path)
+    for rank, found in enumerate(everyone):
+        assert found["value"] == 42
+        assert found["own"] == rank
+        assert found["first"] == "CheckpointError: file: 0 bytes"
+        assert found["second"].endswith("file: 1 byte")
+        assert found["foreign"].endswith("disk full")
+        assert found["seconds"] < 10
