@@ -7,7 +7,7 @@
 # MASTER_ADDR is the first host of the hostfile, where mpirun starts rank 0. `--bind-to none`: Open MPI would pin each
 # process to one core. As root set OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.
 #
-# Not run yet.
+# Run: one host, CPU ranks, by hand (Open MPI 5.0.11). Not run yet: a hostfile.
 set -euo pipefail
 first=127.0.0.1
 if [ -n "${HOSTFILE:-}" ]; then first=$(awk '!/^#/ && NF {print $1; exit}' "$HOSTFILE"); fi

@@ -60,6 +60,7 @@ def load(model: Path, adapter: Path, device: str, dtype: str) -> tuple[Any, Any]
     base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
         return PeftModel.from_pretrained(base, adapter).eval(), tokenizer
 
 

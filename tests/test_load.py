@@ -188,7 +188,8 @@ def test_gradient_checkpointing_is_on_in_train_mode(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_memory_of_loading_a_large_checkpoint(tmp_path: Path) -> None:
-    """At least 4 GB over 4 ranks: anonymous memory above that before loading is the own partition and less than 256 MiB."""
+    """At least 4 GB over 4 ranks: anonymous memory above that before loading is the own partition and less than 256
+    MiB."""
     folder = tmp_path / "model"
     script = Path(__file__).parent.parent / "scripts" / "make_checkpoint.py"
     subprocess.run([sys.executable, str(script), "8b", str(folder), "--layers", "9"], check=True)

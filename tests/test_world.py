@@ -42,7 +42,8 @@ def test_variables_that_make_no_sense(env: dict[str, str], message: str) -> None
 
 
 def agree(here: World) -> dict[str, Any]:
-    """What every rank gets when one raises; a rank that waits for another in a collective would run into the time limit."""
+    """What every rank gets when one raises; a rank that waits for another in a collective would run into the time
+    limit."""
 
     def only(rank: int, error: Exception) -> int:
         if here.rank == rank:

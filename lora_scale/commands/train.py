@@ -165,10 +165,9 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
         learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens
         row = metrics.row(done, result, lr, step.tokens, time.perf_counter() - begin, job)
-        last = done == total or result.stop
-        if data.validation and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
+        if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
             row["val_loss"] = val_loss = engine.evaluate(data.validation)
-        saves = last or (cfg.save.every and done % cfg.save.every == 0)
+        saves = done == total or result.stop or bool(cfg.save.every and done % cfg.save.every == 0)
         if log:
             log.write_row(row, sync=saves)  # before the save: a run that resumes from it finds all its rows
         if saves:
@@ -178,6 +177,8 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
                 log.add_to_row(save_seconds=seconds)
         shown = (row, total, first, val_loss, started)
         screen.live(lambda shown=shown: _line(*shown), force=done in (first + 1, total))
+        if result.stop:
+            break
     screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})")
     if done < total:
         raise InterruptedRunError(

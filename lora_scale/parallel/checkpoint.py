@@ -109,7 +109,9 @@ def read_state(path: Path) -> State:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no checkpoint of this program: it has no {STATE}") from None
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / STATE} is damaged ({error}); delete {path} to go on from an older checkpoint") from error
+        raise CheckpointError(
+            f"{path / STATE} is damaged ({error}); delete {path} to go on from an older checkpoint"
+        ) from error
 
 
 def check_resumable(saved: State, now: State, path: Path) -> None:
@@ -171,7 +173,8 @@ def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
             )
             if not tensor.isfinite().all():
                 raise CheckpointError(
-                    f"{path}: {name} holds a value that is not finite; delete {path.parent} to go on from an older checkpoint"
+                    f"{path}: {name} holds a value that is not finite; delete {path.parent} to go on from an "
+                    "older checkpoint"
                 )
             tensors[name] = tensor
     return tensors

@@ -5,6 +5,7 @@ per-batch means would weigh a token by the company it keeps.
 """
 
 import importlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ class Engine:
                 config=config,
                 dist_init_required=False,
             )
+        self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.clock = PhaseClock(world.device)
         self.clips_itself = not config["gradient_clipping"]
 
@@ -164,7 +166,12 @@ class Engine:
         )
         if self.dropout is not None:
             self.dropout.set(number, _to(batch.sample_ids, self.world.device), positions)
-        logits = self.ds(input_ids=ids, position_ids=positions, use_cache=False).logits
+        kept = _positions_with_target(batch.labels)
+        options: dict[str, Any] = {}
+        if kept is not None and self._can_leave_out:
+            kept_here = _to(kept, self.world.device)
+            options, labels = {"logits_to_keep": kept_here}, labels[:, kept_here]
+        logits = self.ds(input_ids=ids, position_ids=positions, use_cache=False, **options).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def _clip(self) -> float | None:
@@ -188,6 +195,15 @@ def _no_base_broadcast() -> Iterator[None]:
         yield
     finally:
         engine._broadcast_model = original
+
+
+def _positions_with_target(labels: np.ndarray) -> np.ndarray | None:
+    """Positions that carry loss in some row of the batch: logits of the others are not needed. None where that is
+    most of them."""
+    kept = np.flatnonzero((labels != IGNORED).any(axis=0))
+    if len(kept) > 0.9 * labels.shape[1]:
+        return None
+    return kept if len(kept) else np.zeros(1, dtype=np.int64)  # an empty block: every rank takes part all the same
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:

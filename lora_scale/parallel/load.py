@@ -52,7 +52,9 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
                 trust_remote_code=cfg.model.trust_remote_code,
             )
     except ImportError as error:
-        raise ConfigError(f"model.attention is {cfg.model.attention}, which is not to be had here: {_first(error)}") from error
+        raise ConfigError(
+            f"model.attention is {cfg.model.attention}, which is not to be had here: {_first(error)}"
+        ) from error
     except Exception as error:  # transformers raises many kinds
         raise ModelError(f"{folder.path}: transformers cannot build this model: {_first(error)}") from error
     rebuild_buffers(model)
@@ -67,9 +69,12 @@ def read_config(folder: ModelFolder, cfg: RunConfig) -> Any:
         known = f"which transformers {transformers.__version__} does not know; a newer one may"
         raise ModelError(f"{path} has model_type {model_type!r}, {known}")
     try:
-        return transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=cfg.model.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=cfg.model.trust_remote_code)
     except Exception as error:  # transformers and what checks its classes raise many kinds
         raise ModelError(f"{path} is refused by transformers: {_first(error)}; download it again") from error
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not cfg.model.trust_remote_code:
+        raise ModelError(f"{path} has model_type {model_type!r}, which is no causal language model")
+    return config
 
 
 def _first(error: Exception) -> str:

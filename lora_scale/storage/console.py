@@ -17,6 +17,7 @@ from typing import Any, Self, TextIO
 from lora_scale.spec.errors import InterruptedRunError
 
 PLAIN_EVERY = 30.0  # seconds between lines of progress where the output is no terminal
+REDRAW = 0.05  # seconds between states of the live line on one
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ECHO = 2.0  # seconds in which one Ctrl-C can arrive twice: from the terminal, and passed on by torchrun
 
@@ -32,6 +33,7 @@ class Console:
         self._screen: TextIO = os.fdopen(os.dup(1), "w", buffering=1, errors="replace")
         self._live = False
         self._last_plain = time.monotonic()
+        self._last_drawn = 0.0
         self._in_log = False
 
     @property
@@ -60,9 +62,10 @@ class Console:
         if self.rank != 0:
             return
         if self.is_terminal:
-            width = self._width()
-            self._write("\r" + text()[:width].ljust(width))
-            self._live = True
+            if force or not self._live or time.monotonic() - self._last_drawn >= REDRAW:
+                width = self._width()
+                self._write("\r" + text()[:width].ljust(width))
+                self._live, self._last_drawn = True, time.monotonic()
         elif force or time.monotonic() - self._last_plain >= PLAIN_EVERY:
             self._write(text() + "\n")
             self._last_plain = time.monotonic()

@@ -1,0 +1,300 @@
+"""`lora-scale train` from outside: how it is started, what the screen shows, how it ends, and what it leaves behind."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_folder
+from training import write_rows
+
+from lora_scale.parallel import local
+from lora_scale.storage import checkpoints
+from lora_scale.storage.runlog import read_manifest, read_metrics
+
+pytestmark = pytest.mark.ranks
+
+ROOT = Path(__file__).parent.parent
+TRAIN = [sys.executable, "-m", "lora_scale", "train", "run.yaml"]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+STEPS = 40
+CONFIG = f"""\
+model: {{path: model}}
+data: {{train: rows.jsonl, seq_len: 48, validation: 0.2}}
+run_dir: run
+precision: fp32
+lora: {{r: 4, lora_alpha: 8}}
+train: {{max_steps: {STEPS}, global_batch_size: 4, lr: 3e-3, warmup_steps: 2}}
+save: {{every: 2}}
+"""
+CHATTER = re.compile(r"deepspeed|torch|transformers|Warning|\[INFO\]|\[WARNING\]", re.IGNORECASE)
+LAUNCHER = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING)\] \[(runner|launch|real_accelerator)\.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, rows, a config, and no network."""
+    place = tmp_path_factory.mktemp("train")
+    tiny_folder(place / "model")
+    write_rows(place / "rows.jsonl")
+    (place / "run.yaml").write_text(CONFIG)
+    return place
+
+
+# --- starting and watching ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command ended: exit code, everything it wrote on the screen, and seconds."""
+
+    code: int
+    screen: str
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        return self.screen.splitlines()
+
+
+Act = Callable[[str, subprocess.Popen[bytes]], bool]  # given the screen so far; true once it has acted
+
+
+class Command:
+    """A running command, on a terminal or not. Whatever it started is gone at the end, or the test fails."""
+
+    def __init__(self, command: Sequence[str], folder: Path, terminal: bool = False, path: Path = ROOT, **env: str):
+        self.mark = f"lora-scale-test-{os.getpid()}-{time.monotonic_ns()}"
+        env = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{path}:{ROOT}",
+            "TERM": "xterm",
+            "LORA_SCALE_MARK": self.mark,
+        } | env
+        launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
+        clean = {name: value for name, value in os.environ.items() if name not in (*launchers, "DS_ACCELERATOR")}
+        mine, theirs = pty.openpty() if terminal else os.pipe()
+        if terminal:
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=clean | env,
+            stdin=theirs if terminal else subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None,
+        )
+        os.close(theirs)
+        self._screen = mine
+
+    def end(self, act: Act = lambda _, __: True, limit: float = 150.0) -> End:
+        """Read the screen, act when it is time, wait for the end."""
+        seen, acted = b"", False
+        try:
+            while chunk := self._read(limit):
+                seen += chunk
+                acted = acted or act(seen.decode(errors="replace"), self.process)
+            code = self.process.wait(timeout=20.0)
+        except (TimeoutError, subprocess.TimeoutExpired):
+            raise AssertionError(f"not over after {limit:.0f} s:\n{seen.decode(errors='replace')[-4000:]}") from None
+        finally:
+            os.close(self._screen)
+            left = self.kill()
+        assert acted, f"it ended before the test could act:\n{seen.decode(errors='replace')}"
+        assert not left, f"processes outlived it: {left}"
+        return End(code, seen.decode().replace("\r\n", "\n"), time.monotonic() - self.started)
+
+    def _read(self, limit: float) -> bytes:
+        left = self.started + limit - time.monotonic()
+        if not select.select([self._screen], [], [], max(0.0, left))[0]:
+            raise TimeoutError
+        with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+            return os.read(self._screen, 65536)
+        return b""
+
+    def processes(self) -> list[int]:
+        """Everything that this command has started and that still runs; processes inherit the mark."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+    def kill(self) -> list[int]:
+        """SIGKILL to everything; returns what there was."""
+        deadline = time.monotonic() + 3.0  # a process that has closed the screen may need a moment to end
+        while (left := self.processes()) and self.process.poll() is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        return left
+
+
+def once(text: str, action: Callable[[subprocess.Popen[bytes]], object]) -> Act:
+    """Act when `text` is on the screen."""
+
+    def act(screen: str, process: subprocess.Popen[bytes]) -> bool:
+        if text not in screen:
+            return False
+        action(process)
+        return True
+
+    return act
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def losses(run: Path) -> list[float]:
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(len(rows))), "not one row a step"
+    return [row["loss"] for row in rows[1:]]
+
+
+def judge_quiet(end: End, launcher: bool = False) -> None:
+    """A screen that is no terminal: few lines, nothing of the libraries, no control characters."""
+    own = [line for line in end.lines if not (launcher and LAUNCHER.match(line))]
+    before = next(i for i, line in enumerate(own) if line.startswith("step "))
+    assert before <= 25 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", "\n".join(own)), end.screen
+    assert not [line for line in own if CHATTER.search(line) and "local ranks: deepspeed" not in line], end.screen
+    assert len([line for line in own if line.startswith("step ")]) <= 2 + end.seconds / 30, end.screen
+
+
+# --- one run, four ways ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)
+def test_every_way_of_starting_gives_the_same_losses(folder: Path) -> None:
+    alone = Command([*TRAIN, "run_dir=alone"], folder).end()
+    assert alone.code == 0, alone.screen
+    judge_quiet(alone)
+    wanted = losses(folder / "alone")
+    assert len(wanted) == STEPS and alone.lines[-1].startswith(f"finished {STEPS} steps in ")
+    assert "reduce_scatter" in (folder / "alone/log/rank-000.txt").read_text(), "where did the libraries' words go?"
+
+    ctrl_c = once("step 1/", lambda _: os.write(terminal._screen, b"\x03"))
+    terminal = Command([*TRAIN, "--ranks", "2"], folder, terminal=True)
+    _judge_interrupted(terminal.end(ctrl_c), folder / "run")
+
+    port = ["--num_gpus", "2", "--master_port", free_port()]
+    by_hand = Command([*DEEPSPEED, *port, "--module", "lora_scale", "train", "run.yaml"], folder).end()
+    assert by_hand.code == 0, by_hand.screen
+    assert "--local_rank=1" in by_hand.screen, "the launcher no longer does what this tests"
+    judge_quiet(by_hand, launcher=True)
+    assert sum(line.startswith("resumed  ") for line in by_hand.lines) == 1
+
+    torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", free_port(), "-m", "lora_scale", "train"]
+    of_torch = Command([*torchrun, "run.yaml", "run_dir=torch"], folder).end()
+    assert of_torch.code == 0, of_torch.screen
+    judge_quiet(of_torch)
+
+    for run in ("run", "torch"):  # 1e-5: fp32 sums in another order
+        assert losses(folder / run) == pytest.approx(wanted, rel=1e-5), run
+        assert read_manifest(folder / run)["ranks"] == 2
+
+
+def _judge_interrupted(end: End, run: Path) -> None:
+    """A live bar on the terminal, a Ctrl-C there, and a checkpoint of the step that was under way."""
+    assert end.code == 75, end.screen
+    assert re.search(r"\rstep 1/40 █*░+ loss [\d.]+ ", end.screen), "no live line"
+    assert re.search(r"\rloading  █+ .* of 21.7 kB a rank, .*B/s", end.screen), "no bar of loading"
+    *_, last = end.lines
+    told = re.search(
+        r"lora-scale: interrupted after step (\d+) of 40, checkpoint saved; the same command goes on", last
+    )
+    assert told and end.screen.count("lora-scale: ") == 1, end.screen
+    assert checkpoints.list_checkpoints(run / "checkpoints")[-1][0] == int(told[1]) < STEPS
+    assert end.screen.count("stopping after this step") == 1
+    bars = [part for part in end.screen.split("\r") if part.startswith(("step ", "loading "))]
+    assert max(map(len, bars)) <= 99, "a live line that wraps would scroll the terminal"
+
+
+# --- when something goes wrong on one rank --------------------------------------------------------------------------
+
+PATCH = """\
+import os, signal, threading
+if os.environ.get("RANK") in {ranks!r}:
+    from lora_scale.parallel import engine
+    original = engine.Engine.train_step
+
+    def train_step(self, step, number, *rest):
+        if number == 2:
+            {fault}
+        return original(self, step, number, *rest)
+
+    engine.Engine.train_step = train_step
+"""
+
+
+def patched(place: Path, **faults: str) -> Path:
+    """A folder for PYTHONPATH that breaks step 3 on some ranks; the product knows nothing of it."""
+    place.mkdir()
+    parts = [PATCH.format(ranks=(rank.removeprefix("rank"),), fault=fault) for rank, fault in faults.items()]
+    (place / "sitecustomize.py").write_text("\n".join(parts))
+    return place
+
+
+HANG = "lock = threading.Lock(); lock.acquire(); lock.acquire()"  # as in a collective whose peer is gone
+
+
+@pytest.mark.timeout(300)
+def test_a_fault_of_one_rank_ends_the_job_and_is_told_once_and_last(folder: Path, tmp_path: Path) -> None:
+    path = patched(tmp_path / "patch", rank0=HANG, rank1="raise RuntimeError('the fan fell off\\nand the lid')")
+    moment = [0.0]
+    seen = once("the fan fell off", lambda _: moment.__setitem__(0, time.monotonic()))
+    command = Command([*TRAIN, "--ranks", "2", "run_dir=fault"], folder, path=path)
+    end = command.end(seen)
+    assert time.monotonic() - moment[0] < 20, "a hanging rank was waited for"  # DeepSpeed's launcher gives each 30 s
+    assert end.code == 1, end.screen
+    log = Path("fault/log/rank-001.txt")
+    assert end.lines[-2:] == ["lora-scale: error: rank 1 failed: RuntimeError: the fan fell off", f"  log: {log}"]
+    assert end.screen.count("the fan fell off") == 1 and "Traceback" not in end.screen
+    text = (folder / log).read_text()
+    assert "Traceback (most recent call last)" in text and "and the lid" in text
+
+
+@pytest.mark.timeout(300)
+def test_ranks_that_die_without_a_word_are_told_of(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """As when the kernel kills them for memory: exit code 1, not a signal's, and one line that says what happened."""
+    path = patched(tmp_path / "patch", rank1="os.kill(os.getpid(), signal.SIGKILL)")
+    (path / "sitecustomize.py").write_text(
+        "import os, signal\nif 'RANK' in os.environ: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{path}:{ROOT}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.chdir(folder)
+    Path("killed/log").mkdir(parents=True)
+    assert local.run(2, ["train", "run.yaml", "run_dir=killed"], Path("killed")) == 1
+    out, err = capfd.readouterr()
+    assert (out, err) == (
+        "lora-scale: error: a rank was killed by SIGKILL, often the kernel's when memory is short (see dmesg) "
+        "and could not say why\n  log: killed/log\n",
+        "",
+    )

@@ -1,0 +1,24 @@
+"""The page of wrong inputs is what the command line answers today."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = re.compile(r"(\w+Error|\(MASTER_ADDR, MASTER_PORT\)): .*")  # torch's and transformers' words, which change
+
+
+@pytest.mark.timeout(400)
+def test_the_page_is_what_is_said() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "wrong_inputs.py")], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, f"an answer is not fit for people:\n{done.stderr}"
+    page = (ROOT / "docs" / "wrong-inputs.md").read_text()
+    assert LIBRARY.sub(r"\1", done.stdout) == LIBRARY.sub(r"\1", page), (
+        "run: python tests/wrong_inputs.py > docs/wrong-inputs.md"
+    )
+    assert page.count("exit code 2\n") >= 100 and "Traceback" not in page
