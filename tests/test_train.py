@@ -221,7 +221,7 @@ def _judge_interrupted(end: End, run: Path) -> None:
     """A live bar on the terminal, a Ctrl-C there, and a checkpoint of the step that was under way."""
     assert end.code == 75, end.screen
     assert re.search(r"\rstep 1/40 █*░+ loss [\d.]+ ", end.screen), "no live line"
-    assert re.search(r"\rloading  █+ .* of 21.7 kB a rank, .*B/s", end.screen), "no bar of loading"
+    assert re.search(r"\rloading  █*░* .* of 21.7 kB a rank, .*B/s", end.screen), "no bar of loading"
     *_, last = end.lines
     told = re.search(
         r"lora-scale: interrupted after step (\d+) of 40, checkpoint saved; the same command goes on", last

@@ -8,6 +8,7 @@ import time
 import traceback
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,20 @@ def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path) -> int
             token = on_rank_zero(lambda: token)  # one for all hosts
             run(cfg, config, here, screen, stop, token)
         except LoraScaleError as error:
+            stop.over()
             code = error.exit_code
             traceback.print_exc()
             if console.claim(cfg.run_dir, token):
                 screen.error(_told(error, log))
         except BaseException as error:
+            stop.over()
             code, text = _fault(error, rank)
             traceback.print_exc()
             if console.claim(cfg.run_dir, token):
                 screen.error(f"lora-scale: error: {text}\n  log: {log}")
             sys.stdout.flush()
             os._exit(code)  # the others are in a collective: there is no orderly way out, and they must not wait for us
-    world.stop()
+        world.stop()
     return code
 
 
@@ -175,8 +178,7 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
             print(f"saved {path} in {seconds:.2f} s", flush=True)  # into the log
             if log:
                 log.add_to_row(save_seconds=seconds)
-        shown = (row, total, first, val_loss, started)
-        screen.live(lambda shown=shown: _line(*shown), force=done in (first + 1, total))
+        screen.live(partial(_line, row, total, first, val_loss, started), force=done in (first + 1, total))
         if result.stop:
             break
     screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})")

@@ -152,6 +152,7 @@ class StopRequest:
         self.in_loop = False
         self._screen, self._failed = screen, failed
         self._since = 0.0
+        self._over = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -171,8 +172,14 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def over(self) -> None:
+        """From here on signals change nothing: the process ends by itself, and has something to say."""
+        self._over = True
+
     def _ask(self, number: int, _frame: object) -> None:
         now = time.monotonic()
+        if self._over:
+            return
         if self.asked:
             if number == signal.SIGINT and now - self._since > ECHO:
                 raise KeyboardInterrupt
@@ -186,6 +193,6 @@ class StopRequest:
         """Reads the numbers of signals, which the kernel's handler writes whatever the main thread does."""
         with os.fdopen(self._wake, "rb", buffering=0) as signals:
             while number := signals.read(1):
-                if number[0] == signal.SIGTERM and self._failed():
+                if number[0] == signal.SIGTERM and not self._over and self._failed():
                     sys.stdout.flush()
                     os._exit(1)

@@ -157,7 +157,7 @@ def encode(
             f"{rows.path}: no row has a trained token within data.seq_len = {seq_len} ({name_lines(dropped)}); "
             "raise data.seq_len, or set data.train_on=all"
         )
-    documents = Documents(
+    found = Documents(
         path=rows.path,
         ids=np.frombuffer(ids, dtype=np.int32),
         trained=np.frombuffer(trained, dtype=bool),
@@ -170,8 +170,8 @@ def encode(
         truncated_lines=np.array(truncated, dtype=np.int64),
         dropped_lines=np.array(dropped, dtype=np.int64),
     )
-    _check_vocabulary(documents, vocab_size, ready_tokens=rows.form == "input_ids")
-    return documents
+    _check_vocabulary(found, vocab_size, ready_tokens=rows.form == "input_ids")
+    return found
 
 
 @contextlib.contextmanager
@@ -208,12 +208,13 @@ class _Encoder:
         self._tokenizer = tokenizer
         self._path = rows.path
         self._train_on_all = train_on == "all"
-        self.encode = {
+        forms: dict[str, Callable[[list[Any], list[int]], list[Document]]] = {
             "prompt": self._prompts,
             "messages": self._conversations,
             "text": self._texts,
             "input_ids": self._ready,
-        }[rows.form]
+        }
+        self.encode = forms[rows.form]
         if rows.form in ("prompt", "text") and tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no eos_token, so a completion could not end; add it to tokenizer_config.json"
