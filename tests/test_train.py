@@ -229,7 +229,7 @@ def _judge_interrupted(end: End, run: Path) -> None:
     assert told and end.screen.count("lora-scale: ") == 1, end.screen
     assert checkpoints.list_checkpoints(run / "checkpoints")[-1][0] == int(told[1]) < STEPS
     assert end.screen.count("stopping after this step") == 1
-    bars = [part for part in end.screen.split("\r") if part.startswith(("step ", "loading "))]
+    bars = [part for part in end.screen.replace("^C", "").split("\r") if part.startswith(("step ", "loading "))]
     assert max(map(len, bars)) <= 99, "a live line that wraps would scroll the terminal"
 
 

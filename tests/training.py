@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_scale.parallel import data as run_data
 from lora_scale.parallel import masters, setup
 from lora_scale.parallel.world import World
 from lora_scale.spec.config import RunConfig
@@ -78,7 +79,7 @@ def start(here: World, tree: dict[str, Any], *, randomise: bool = True) -> setup
     cfg = RunConfig.model_validate(tree)
     screen = Console(rank=1)  # silent
     folder, identity = setup.open_base(cfg, screen)
-    data = setup.read_data(cfg, folder, here)
+    data = run_data.read_data(cfg, folder, here)
     model, dropout, _ = setup.build_model(cfg, folder)
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
     if randomise and cfg.method == "lora":
@@ -146,7 +147,7 @@ def reference(tree: dict[str, Any], steps: int = STEPS) -> Trace:
 
 
 def _reference_steps(model: nn.Module, cfg: RunConfig, named: dict[str, nn.Parameter], steps: int) -> Trace:
-    blocks, _ = setup.blocks_of_run(cfg, open_folder(cfg.model.path))
+    blocks, _ = run_data.blocks_of_run(cfg, open_folder(cfg.model.path))
     plan = StepPlan(blocks, cfg.train.global_batch_size, 1, 0, 1, cfg.seed, cfg.train.epochs, cfg.train.max_steps)
     optimizer = torch.optim.AdamW(named.values(), lr=cfg.train.lr, weight_decay=0.0)
     trace = Trace([], [], {}, {})

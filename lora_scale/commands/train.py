@@ -16,6 +16,7 @@ import click
 import torch
 
 from lora_scale.parallel import checkpoint, guards, local, metrics, setup, world
+from lora_scale.parallel import data as run_data
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, cost
@@ -89,18 +90,22 @@ def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path) -> int
             stop.over()
             code = error.exit_code
             traceback.print_exc()
-            if console.claim(cfg.run_dir, token):
-                screen.error(_told(error, log))
+            _tell_once(screen, _told(error, log), cfg.run_dir, token)
         except BaseException as error:
             stop.over()
             code, text = _fault(error, rank)
             traceback.print_exc()
-            if console.claim(cfg.run_dir, token):
-                screen.error(f"lora-scale: error: {text}\n  log: {log}")
+            _tell_once(screen, f"lora-scale: error: {text}\n  log: {log}", cfg.run_dir, token)
             sys.stdout.flush()
             os._exit(code)  # the others are in a collective: there is no orderly way out, and they must not wait for us
         world.stop()
     return code
+
+
+def _tell_once(screen: Console, text: str, run_dir: Path, token: str) -> None:
+    screen.clear()
+    if console.claim(run_dir, token):
+        screen.error(text)
 
 
 def _told(error: LoraScaleError, log: Path) -> str:
@@ -128,8 +133,8 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
     on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
     folder, identity = setup.open_base(cfg, screen)
     resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
-    data = setup.read_data(cfg, folder, here)
-    setup.say_data(cfg, data, here, screen)
+    data = run_data.read_data(cfg, folder, here)
+    run_data.say_data(cfg, data, here, screen)
     saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
     if saved and saved.step >= data.plan.total_steps:
         way_on = "a larger train.max_steps or train.epochs goes on"
@@ -181,7 +186,7 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
         screen.live(partial(_line, row, total, first, val_loss, started), force=done in (first + 1, total))
         if result.stop:
             break
-    screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})")
+    on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))  # before any last words
     if done < total:
         raise InterruptedRunError(
             f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there"
@@ -251,7 +256,7 @@ def _given_checkpoint(path: Path, own: list[tuple[int, Path]], run_dir: Path) ->
     return path
 
 
-def _read_state(cfg: RunConfig, identity: str, data: setup.Data, path: Path) -> checkpoint.State:
+def _read_state(cfg: RunConfig, identity: str, data: run_data.Data, path: Path) -> checkpoint.State:
     """The checkpoint's state, once it is known to belong to this run; before anything heavy is loaded."""
     saved = checkpoint.read_state(path)
     now = setup.state_of(cfg, identity, data, saved.step, saved.tokens_seen)

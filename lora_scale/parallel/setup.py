@@ -17,32 +17,16 @@ from lora_scale.adapters.lora import LoRALinear, adapt
 from lora_scale.adapters.targets import fused_notes
 from lora_scale.parallel import load, recompute, zero3
 from lora_scale.parallel.checkpoint import State
+from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import Engine, ds_config
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, cost, shapes
 from lora_scale.spec import hardware as gpus
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.errors import ConfigError, ModelError
-from lora_scale.spec.families import family
-from lora_scale.storage import dataset, hub, packing, provenance
+from lora_scale.spec.errors import ModelError
+from lora_scale.storage import hub, provenance
 from lora_scale.storage.console import Console, bar, size
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
-from lora_scale.storage.packing import Batch, Blocks
-from lora_scale.storage.steps import StepPlan, check_batch_sizes, eval_batches
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Training steps and validation batches of this rank."""
-
-    plan: StepPlan
-    blocks: Blocks
-    validation: list[Batch]
-    notes: list[str]
-
-    def identity(self, cfg: RunConfig) -> dict[str, Any]:
-        """What a resumed run must find again."""
-        return {"fingerprint": self.blocks.fingerprint(), "blocks": len(self.blocks), "seq_len": cfg.data.seq_len}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,60 +106,6 @@ def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
     return folder, identity
 
 
-def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
-    """Rows to blocks to steps. The first rank reads and tokenises; every rank gets all blocks and keeps its part of
-    each step."""
-    check_batch_sizes(cfg.train.global_batch_size, cfg.train.micro_batch_size, world.size)
-    known = family(str(folder.config.get("model_type")))
-    if cfg.data.packing and not (known and known.packs):
-        raise ConfigError(
-            f"data.packing is true, but model type {folder.config.get('model_type')!r} is not known to keep "
-            "packed documents "
-            "apart; set data.packing=false"
-        )
-    if cfg.data.packing and cfg.model.attention == "flash_attention_2" and cfg.train.micro_batch_size > 1:
-        raise ConfigError(
-            f"model.attention is flash_attention_2 and train.micro_batch_size is {cfg.train.micro_batch_size}: it "
-            "keeps packed "
-            "documents apart at 1 only; set train.micro_batch_size=1 with a larger data.seq_len, or "
-            "model.attention=sdpa"
-        )
-    blocks, validation = on_rank_zero(lambda: blocks_of_run(cfg, folder))
-    train = cfg.train
-    plan = StepPlan(
-        blocks,
-        train.global_batch_size,
-        train.micro_batch_size,
-        world.rank,
-        world.size,
-        cfg.seed,
-        train.epochs,
-        train.max_steps,
-    )
-    batches = []
-    if validation is not None:
-        batches = eval_batches(validation, train.micro_batch_size, world.rank, world.size, cfg.eval.max_blocks)
-    return Data(plan, blocks, batches, blocks.documents.notes())
-
-
-def blocks_of_run(cfg: RunConfig, folder: ModelFolder) -> tuple[Blocks, Blocks | None]:
-    """Training and validation blocks of the whole run."""
-    rows = dataset.read_rows(cfg.data.train, cfg.data.max_rows)
-    held_out = None
-    if isinstance(cfg.data.validation, float):
-        rows, held_out = dataset.split(rows, cfg.data.validation, cfg.seed)
-    elif cfg.data.validation is not None:
-        held_out = dataset.read_rows(cfg.data.validation, None)
-    tokenizer = dataset.tokenizer(folder.path, cfg.model.trust_remote_code)
-    vocab_size = folder.config.get("vocab_size")
-
-    def blocks_of(part: dataset.Rows) -> Blocks:
-        documents = dataset.encode(part, tokenizer, cfg.data.seq_len, cfg.data.train_on, vocab_size)
-        return packing.pack(documents, cfg.data.packing)
-
-    return blocks_of(rows), blocks_of(held_out) if held_out is not None else None
-
-
 def build_model(cfg: RunConfig, folder: ModelFolder) -> tuple[nn.Module, DropoutContext | None, list[str]]:
     """The model on meta with its trainable parts marked: adapters put in, or the whole base; and notes for the user."""
     model = load.empty(folder, cfg)
@@ -228,22 +158,6 @@ def start_engine(
     engine = Engine(model, cfg, world, config, dropout)
     work = work_of(cfg, folder, parameters, data, world)
     return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work)
-
-
-def say_data(cfg: RunConfig, data: Data, world: World, screen: Console) -> None:
-    """Two lines: what there is, and how it is walked through."""
-    stats = data.blocks.stats()
-    screen.line(
-        f"data     {stats['rows']:,} rows -> {len(data.blocks):,} blocks of {cfg.data.seq_len} tokens "
-        f"({data.blocks.efficiency:.1%} full, {stats['target_tokens']:,} tokens trained)"
-    )
-    accumulation = cost.accumulation_steps(cfg, world.size)
-    screen.line(
-        f"steps    {data.plan.total_steps:,} of {cfg.train.global_batch_size} blocks: {world.size} "
-        f"rank{'s' * (world.size > 1)} x "
-        f"{cfg.train.micro_batch_size} a pass x {accumulation} accumulated; ZeRO-{cfg.parallel.zero_stage}, "
-        f"{cfg.precision}, {world.device.type}"
-    )
 
 
 def count(model: nn.Module) -> Parameters:

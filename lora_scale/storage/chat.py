@@ -5,7 +5,7 @@ Knows text only; refuses to know token ids.
 
 from typing import Any
 
-from lora_scale.storage.rows import BadRowError
+from lora_scale.storage.problems import BadRowError
 
 
 def spans(tokenizer: Any, messages: list[dict[str, str]], train_on_all: bool) -> list[tuple[str, bool]]:

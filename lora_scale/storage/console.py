@@ -55,7 +55,11 @@ class Console:
         if self._in_log:
             print(text, flush=True)
         if self.rank == 0:
-            self._write(self._clear() + text + "\n")
+            self._write(self._cleared() + text + "\n")
+
+    def clear(self) -> None:
+        """Take the live line away."""
+        self._write(self._cleared())
 
     def live(self, text: Callable[[], str], force: bool = False) -> None:
         """The one line that is overwritten; without a terminal, a plain line every 30 s (or when forced)."""
@@ -73,15 +77,15 @@ class Console:
     def error(self, text: str) -> None:
         """From any rank, to the screen, after whatever the first rank has on it."""
         self._live = self.is_terminal
-        self._write(self._clear() + text + "\n")
+        self._write(self._cleared() + text + "\n")
 
     def at_once(self, text: str) -> None:
         """A line from within a signal handler, where a buffered stream may be in the middle of a write."""
         if self.rank == 0:
             with contextlib.suppress(OSError):
-                os.write(self._screen.fileno(), (self._clear() + text + "\n").encode())
+                os.write(self._screen.fileno(), (self._cleared() + text + "\n").encode())
 
-    def _clear(self) -> str:
+    def _cleared(self) -> str:
         """What empties the live line, if there is one."""
         was_live, self._live = self._live, False
         return "\r" + " " * self._width() + "\r" if was_live else ""
@@ -194,5 +198,6 @@ class StopRequest:
         with os.fdopen(self._wake, "rb", buffering=0) as signals:
             while number := signals.read(1):
                 if number[0] == signal.SIGTERM and not self._over and self._failed():
+                    self._screen.clear()
                     sys.stdout.flush()
                     os._exit(1)

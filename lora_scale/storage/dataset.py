@@ -18,7 +18,8 @@ import numpy as np
 
 from lora_scale.spec.errors import DataError, ModelError
 from lora_scale.storage.chat import spans
-from lora_scale.storage.rows import BadRowError, Problems, Rows, name_lines, read_rows, split
+from lora_scale.storage.problems import BadRowError, Problems, name_lines
+from lora_scale.storage.rows import Rows, read_rows, split
 
 __all__ = ["Documents", "Rows", "encode", "read_rows", "split", "tokenizer"]
 
@@ -208,7 +209,8 @@ class _Encoder:
         self._tokenizer = tokenizer
         self._path = rows.path
         self._train_on_all = train_on == "all"
-        forms: dict[str, Callable[[list[Any], list[int]], list[Document]]] = {
+        forms: dict[str, Callable[[list[Any], list[int]], list[Document]]]
+        forms = {
             "prompt": self._prompts,
             "messages": self._conversations,
             "text": self._texts,

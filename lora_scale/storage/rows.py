@@ -5,17 +5,17 @@ Knows JSON and line numbers; refuses to know tokenizers, sequence lengths and ra
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from lora_scale.spec.errors import ConfigError, DataError
+from lora_scale.storage.problems import BadRowError, Problems
 
 Form = Literal["input_ids", "messages", "prompt", "text"]
-MAX_LISTED = 5  # rows named in one error or note
 
 # Looked for in this order in the first row; the first form whose keys are all there is the file's.
 FORM_KEYS: dict[Form, tuple[str, ...]] = {
@@ -52,31 +52,6 @@ class Rows:
     def take(self, keep: np.ndarray) -> "Rows":
         """The rows where the boolean `keep` is true, in the same order."""
         return Rows(self.path, self.form, [self.values[i] for i in np.flatnonzero(keep)], self.lines[keep])
-
-
-@dataclass(slots=True)
-class Problems:
-    """Rows of one file that cannot be used: the first few in words, the others counted."""
-
-    path: Path
-    listed: list[str] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, line: int, what: str) -> None:
-        self.count += 1
-        if self.count <= MAX_LISTED:
-            self.listed.append(f"line {line}: {what}")
-
-    def raise_if_any(self) -> None:
-        if self.count == 1:
-            raise DataError(f"{self.path}, {self.listed[0]}")
-        if self.count:
-            more = f"; and {self.count - MAX_LISTED} more" if self.count > MAX_LISTED else ""
-            raise DataError(f"{self.path}: {self.count} rows cannot be used; {'; '.join(self.listed)}{more}")
-
-
-class BadRowError(Exception):
-    """What is wrong with one row, and the way out; the reader adds file and line."""
 
 
 def read_rows(path: Path, max_rows: int | None = None) -> Rows:
@@ -296,10 +271,3 @@ _CHECKS: dict[Form, Callable[[dict[str, Any]], Any]] = {
     "prompt": _check_prompt,
     "text": _check_text,
 }
-
-
-def name_lines(lines: Sequence[int] | np.ndarray) -> str:
-    """ "lines 3, 8, 11 and 4 more"; for notes and error messages."""
-    word = "line" if len(lines) == 1 else "lines"
-    more = f" and {len(lines) - MAX_LISTED:,} more" if len(lines) > MAX_LISTED else ""
-    return f"{word} {', '.join(str(int(line)) for line in lines[:MAX_LISTED])}{more}"

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_scale.spec.errors import ConfigError
 from lora_scale.storage.packing import EMPTY, Batch, Blocks
-from lora_scale.storage.rows import name_lines
+from lora_scale.storage.problems import name_lines
 
 
 @dataclass(frozen=True, slots=True)
