@@ -47,6 +47,8 @@ def command(run: Path, out: Path | None) -> None:
     lora-scale report runs/first --out first.md
 
     RUN is the run_dir of a training run, finished or not.
+
+    Exit codes: 0 written, 2 RUN is no run directory or a record in it is damaged.
     """
     rows, manifest = runlog.read_metrics(run), runlog.read_manifest(run)
     config = runlog.read_resolved_config(run)

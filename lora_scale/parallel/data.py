@@ -12,6 +12,7 @@ from lora_scale.storage import dataset, packing
 from lora_scale.storage.console import Console
 from lora_scale.storage.folder import ModelFolder
 from lora_scale.storage.packing import Batch, Blocks
+from lora_scale.storage.rows import Rows, read_rows, split
 from lora_scale.storage.steps import StepPlan, check_batch_sizes, eval_batches
 
 
@@ -67,16 +68,16 @@ def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
 
 def blocks_of_run(cfg: RunConfig, folder: ModelFolder) -> tuple[Blocks, Blocks | None]:
     """Training and validation blocks of the whole run."""
-    rows = dataset.read_rows(cfg.data.train, cfg.data.max_rows)
+    rows = read_rows(cfg.data.train, cfg.data.max_rows)
     held_out = None
     if isinstance(cfg.data.validation, float):
-        rows, held_out = dataset.split(rows, cfg.data.validation, cfg.seed)
+        rows, held_out = split(rows, cfg.data.validation, cfg.seed)
     elif cfg.data.validation is not None:
-        held_out = dataset.read_rows(cfg.data.validation, None)
+        held_out = read_rows(cfg.data.validation, None)
     tokenizer = dataset.tokenizer(folder.path, cfg.model.trust_remote_code)
     vocab_size = folder.config.get("vocab_size")
 
-    def blocks_of(part: dataset.Rows) -> Blocks:
+    def blocks_of(part: Rows) -> Blocks:
         documents = dataset.encode(part, tokenizer, cfg.data.seq_len, cfg.data.train_on, vocab_size)
         return packing.pack(documents, cfg.data.packing)
 

@@ -19,9 +19,7 @@ import numpy as np
 from lora_scale.spec.errors import DataError, ModelError
 from lora_scale.storage.chat import spans
 from lora_scale.storage.problems import BadRowError, Problems, name_lines
-from lora_scale.storage.rows import Rows, read_rows, split
-
-__all__ = ["Documents", "Rows", "encode", "read_rows", "split", "tokenizer"]
+from lora_scale.storage.rows import Rows
 
 TrainOn = Literal["completion", "all"]
 Document = tuple[list[int], bytes]  # token ids, and for each of them 1 (loss) or 0
@@ -209,8 +207,7 @@ class _Encoder:
         self._tokenizer = tokenizer
         self._path = rows.path
         self._train_on_all = train_on == "all"
-        forms: dict[str, Callable[[list[Any], list[int]], list[Document]]]
-        forms = {
+        forms: dict[str, Callable[[list[Any], list[int]], list[Document]]] = {
             "prompt": self._prompts,
             "messages": self._conversations,
             "text": self._texts,
