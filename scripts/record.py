@@ -65,14 +65,18 @@ def of_run(run: Path, skip: int) -> dict[str, Any]:
     }
 
 
-def of_peer(name: str, output: Path) -> dict[str, Any]:
-    """The same fields from a peer script's RESULT line; it takes its median itself and counts in GB."""
+def of_peer(name: str, output: Path, ours: dict[str, Any]) -> dict[str, Any]:
+    """The same fields from a peer script's RESULT line; it takes its median itself and counts in GB.
+
+    TFLOP/s are counted anew with the N of our row `ours`: the script's own counts the input embedding.
+    """
     line = next((line for line in output.read_text().splitlines() if line.startswith("RESULT ")), None)
     if line is None:
         raise SystemExit(
             f"{output}: no RESULT line; the peer failed, which a record does not hide: leave it out and say so"
         )
     found = json.loads(line.removeprefix("RESULT "))
+    flops_a_token = ours["tflops_4n"] * 1e12 * ours["ranks"] / ours["tokens_per_second"]
     return {
         "name": name,
         "who": found["peer"],
@@ -82,7 +86,7 @@ def of_peer(name: str, output: Path) -> dict[str, Any]:
         "blocks_a_pass": found["mb"],
         "step_seconds": {"median": found["step_s"]},
         "tokens_per_second": found["tok_s"],
-        "tflops_4n": found["tflops_4n_per_gpu"],
+        "tflops_4n": round(found["tok_s"] / found["world"] * flops_a_token / 1e12, 1),
         "peak_gib": round(found["peak_gb"] * GB / GIB, 2),
         "reserved_gib": round(found["reserved_gb"] * GB / GIB, 2),
         "load_seconds": found["load_s"],
@@ -97,14 +101,14 @@ def make(arguments: argparse.Namespace) -> None:
     if not commit or commit.endswith("+changes"):
         raise SystemExit("record: the tree has uncommitted changes, or no commit is known; commit first")
     peers = [pair.partition("=") for pair in arguments.peer]
+    ours = [of_run(run, arguments.skip) for run in arguments.runs]
     record = {
         "title": arguments.title,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "versions": read_manifest(arguments.runs[0])["versions"],
         "hardware": read_manifest(arguments.runs[0])["hardware"],
-        "rows": [of_run(run, arguments.skip) for run in arguments.runs]
-        + [of_peer(name, Path(output)) for name, _, output in peers],
+        "rows": ours + [of_peer(name, Path(output), ours[0]) for name, _, output in peers],
     }
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 

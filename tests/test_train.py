@@ -224,7 +224,7 @@ def _judge_interrupted(end: End, run: Path) -> None:
     assert re.search(r"\rloading  █*░* .* of 21.7 kB a rank, .*B/s", end.screen), "no bar of loading"
     *_, last = end.lines
     told = re.search(
-        r"lora-scale: interrupted after step (\d+) of {STEPS}, checkpoint saved; the same command goes on", last
+        rf"lora-scale: interrupted after step (\d+) of {STEPS}, checkpoint saved; the same command goes on", last
     )
     assert told and end.screen.count("lora-scale: ") == 1, end.screen
     assert checkpoints.list_checkpoints(run / "checkpoints")[-1][0] == int(told[1]) < STEPS

@@ -168,7 +168,7 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
     for number, step in enumerate(data.plan.steps(first), start=first):
         begin, done = time.perf_counter(), number + 1
         lr = learning_rate(number, total, cfg.train)
-        result = engine.train_step(step, number, lr, stop.asked)
+        result = engine.train_step(step, number, lr, lambda: stop.asked)
         guards.check_finite(done, result, step.names)
         learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens

@@ -6,7 +6,7 @@ per-batch means would weigh a token by the company it keeps.
 
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,16 +121,16 @@ class Engine:
     def module(self) -> nn.Module:
         return self.ds.module
 
-    def train_step(self, step: Step, number: int, lr: float, stop: bool = False) -> StepResult:
+    def train_step(self, step: Step, number: int, lr: float, stop: Callable[[], bool] = bool) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step with learning rate `lr`.
 
-        `stop` says that this rank was asked to stop; the answer, for all ranks, comes with the loss.
+        `stop()` says whether this rank was asked to stop; the answer, for all ranks, comes with the loss.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(_mix(self.cfg.seed, number, self.world.rank))  # the base's own dropout, when it is not 0
         norm: float | None = None
-        total = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=self.world.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # loss, asked to stop
         for batch in step.micro_batches:
             with self.clock.phase("forward"):
                 loss = self._loss_sum(batch, number)
@@ -142,6 +142,7 @@ class Engine:
                 self.ds.step()  # counts micro-batches; the optimizer steps at the last one
         if norm is None:
             norm = float(self.ds.get_global_grad_norm())
+        total[1] = float(stop())
         own = total[:1].clone()
         dist.all_reduce(total)
         summed, asked, own_loss = torch.cat([total, own]).tolist()  # waits for the device: now the clock may be read
