@@ -1,24 +1,15 @@
 """`lora-scale train` from outside: how it is started, what the screen shows, how it ends, and what it leaves behind."""
 
-import contextlib
-import fcntl
 import os
-import pty
 import re
-import select
 import signal
-import socket
-import struct
-import subprocess
 import sys
-import termios
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from outside import ROOT, TRAIN, Command, End, free_port, once
 from tiny import tiny_folder
 from training import write_rows
 
@@ -28,8 +19,6 @@ from lora_scale.storage.runlog import read_manifest, read_metrics
 
 pytestmark = pytest.mark.ranks
 
-ROOT = Path(__file__).parent.parent
-TRAIN = [sys.executable, "-m", "lora_scale", "train", "run.yaml"]
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STEPS = 24
@@ -54,119 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(place / "rows.jsonl")
     (place / "run.yaml").write_text(CONFIG)
     return place
-
-
-# --- starting and watching ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class End:
-    """How a command ended: exit code, everything it wrote on the screen, and seconds."""
-
-    code: int
-    screen: str
-    seconds: float
-
-    @property
-    def lines(self) -> list[str]:
-        return self.screen.splitlines()
-
-
-Act = Callable[[str, subprocess.Popen[bytes]], bool]  # given the screen so far; true once it has acted
-
-
-class Command:
-    """A running command, on a terminal or not. Whatever it started is gone at the end, or the test fails."""
-
-    def __init__(self, command: Sequence[str], folder: Path, terminal: bool = False, path: Path = ROOT, **env: str):
-        self.mark = f"lora-scale-test-{os.getpid()}-{time.monotonic_ns()}"
-        env = {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{path}:{ROOT}",
-            "TERM": "xterm",
-            "LORA_SCALE_MARK": self.mark,
-        } | env
-        launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
-        clean = {name: value for name, value in os.environ.items() if name not in (*launchers, "DS_ACCELERATOR")}
-        mine, theirs = pty.openpty() if terminal else os.pipe()
-        if terminal:
-            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=clean | env,
-            stdin=theirs if terminal else subprocess.DEVNULL,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None,
-        )
-        os.close(theirs)
-        self._screen = mine
-
-    def end(self, act: Act = lambda _, __: True, limit: float = 150.0) -> End:
-        """Read the screen, act when it is time, wait for the end."""
-        seen, acted = b"", False
-        try:
-            while chunk := self._read(limit):
-                seen += chunk
-                acted = acted or act(seen.decode(errors="replace"), self.process)
-            code = self.process.wait(timeout=20.0)
-        except (TimeoutError, subprocess.TimeoutExpired):
-            raise AssertionError(f"not over after {limit:.0f} s:\n{seen.decode(errors='replace')[-4000:]}") from None
-        finally:
-            os.close(self._screen)
-            left = self.kill()
-        assert acted, f"it ended before the test could act:\n{seen.decode(errors='replace')}"
-        assert not left, f"processes outlived it: {left}"
-        return End(code, seen.decode().replace("\r\n", "\n"), time.monotonic() - self.started)
-
-    def _read(self, limit: float) -> bytes:
-        left = self.started + limit - time.monotonic()
-        if not select.select([self._screen], [], [], max(0.0, left))[0]:
-            raise TimeoutError
-        with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
-            return os.read(self._screen, 65536)
-        return b""
-
-    def processes(self) -> list[int]:
-        """Everything that this command has started and that still runs; processes inherit the mark."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if self.mark.encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-        return found
-
-    def kill(self) -> list[int]:
-        """SIGKILL to everything; returns what there was."""
-        deadline = time.monotonic() + 3.0  # a process that has closed the screen may need a moment to end
-        while (left := self.processes()) and self.process.poll() is not None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        return left
-
-
-def once(text: str, action: Callable[[subprocess.Popen[bytes]], object]) -> Act:
-    """Act when `text` is on the screen."""
-
-    def act(screen: str, process: subprocess.Popen[bytes]) -> bool:
-        if text not in screen:
-            return False
-        action(process)
-        return True
-
-    return act
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def losses(run: Path) -> list[float]:
@@ -282,11 +158,8 @@ def test_ranks_that_die_without_a_word_are_told_of(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """As when the kernel kills them for memory: exit code 1, not a signal's, and one line that says what happened."""
-    path = patched(tmp_path / "patch", rank1="os.kill(os.getpid(), signal.SIGKILL)")
-    (path / "sitecustomize.py").write_text(
-        "import os, signal\nif 'RANK' in os.environ: os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{path}:{ROOT}")
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: os.kill(os.getpid(), 9)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.chdir(folder)
@@ -298,3 +171,14 @@ def test_ranks_that_die_without_a_word_are_told_of(
         "and could not say why\n  log: killed/log\n",
         "",
     )
+
+
+@pytest.mark.timeout(300)
+def test_ranks_do_not_outlive_the_command_that_started_them(folder: Path) -> None:
+    """Killed, it cannot ask them to stop; they are asked by the kernel and DeepSpeed's launcher, and save."""
+    command = Command([*TRAIN, "--ranks", "2", "run_dir=orphans"], folder)
+    end = command.end(once("step 1/", lambda process: os.kill(process.pid, signal.SIGKILL)))
+    assert end.code == -signal.SIGKILL
+    told = re.match(r"lora-scale: interrupted after step (\d+) of ", end.lines[-1])
+    assert told, end.screen
+    assert checkpoints.list_checkpoints(folder / "orphans/checkpoints")[-1][0] == int(told[1])

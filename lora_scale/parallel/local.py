@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,20 @@ def run(ranks: int, arguments: Sequence[str], run_dir: Path) -> int:
         code = launcher.wait()
         _end_leftovers(launcher.pid)
     if stop.killed:
-        Console(0).error("lora-scale: killed with Ctrl-C; the same command goes on from the last checkpoint")
+        _say("lora-scale: killed with Ctrl-C; the same command goes on from the last checkpoint")
         return 130
     if code == 0 or not console.claim(run_dir, token):  # a rank has told
         return code if code in TELLING else 1
     if stop.asked:  # before the ranks could listen to signals
-        Console(0).error("lora-scale: interrupted before the first step; the same command begins again")
+        _say("lora-scale: interrupted before the first step; the same command begins again")
         return 75
-    Console(0).error(f"lora-scale: error: a rank {_end_of(code)} and could not say why\n  log: {log.parent}")
+    _say(f"lora-scale: error: a rank {_end_of(code)} and could not say why\n  log: {log.parent}")
     return 1
+
+
+def _say(text: str) -> None:
+    with closing(Console(0)) as screen:
+        screen.error(text)
 
 
 def _end_of(code: int) -> str:

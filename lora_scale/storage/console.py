@@ -40,6 +40,11 @@ class Console:
     def is_terminal(self) -> bool:
         return self._screen.isatty() and os.environ.get("TERM", "") != "dumb"
 
+    def close(self) -> None:
+        """Give the screen back; stdout and stderr stay where `redirect` has put them."""
+        with contextlib.suppress(OSError):
+            self._screen.close()
+
     def redirect(self, log: Path) -> None:
         """Send this process's stdout and stderr, also those of libraries, to `log` (appended)."""
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -182,7 +187,7 @@ class StopRequest:
 
     def _ask(self, number: int, _frame: object) -> None:
         now = time.monotonic()
-        if self._over:
+        if self._over or (number == signal.SIGTERM and self._failed()):  # that is for the thread
             return
         if self.asked:
             if number == signal.SIGINT and now - self._since > ECHO:

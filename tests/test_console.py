@@ -1,0 +1,203 @@
+"""The screen: what is shown when, in which units, once, and what signals do to a run."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lora_scale.spec.errors import InterruptedRunError
+from lora_scale.storage import console
+from lora_scale.storage.console import Console, StopRequest
+
+ROOT = Path(__file__).parent.parent
+
+
+@contextmanager
+def screen_on(descriptor: int, rank: int = 0) -> Iterator[Console]:
+    """A console whose screen is this descriptor. File descriptors 1 and 2 are what they were afterwards."""
+    kept = os.dup(1), os.dup(2)
+    os.dup2(descriptor, 1)
+    screen = Console(rank)
+    try:
+        yield screen
+    finally:
+        screen.close()
+        for number, copy in enumerate(kept, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextmanager
+def screen_in(path: Path, rank: int = 0) -> Iterator[Console]:
+    """A console whose screen is a file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with screen_on(descriptor, rank) as screen:
+        yield screen
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (43_320, "43.3 kB"), (999_600, "1.00 MB"),
+     (269_000_000, "269 MB"), (3_420_000_000, "3.42 GB"), (201_400_000_000, "201 GB"), (1.4e12, "1.40 TB")],
+)  # fmt: skip
+def test_sizes_read_well(nbytes: float, text: str) -> None:
+    assert console.size(nbytes) == text
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with screen_in(tmp_path / "screen") as screen:
+        screen.line("base")
+        for step in range(1, 122):
+            now[0] += 1.0
+            screen.live(lambda step=step: f"step {step}", force=step == 1)
+        screen.line("saved")
+    assert (tmp_path / "screen").read_text() == "base\nstep 1\nstep 31\nstep 61\nstep 91\nstep 121\nsaved\n"
+
+
+def test_other_ranks_are_silent_but_for_errors_and_their_logs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "rank-003.txt"
+    with capfd.disabled(), screen_in(tmp_path / "screen", rank=3) as screen:
+        screen.line("not for the log either: nothing is redirected yet")
+        screen.redirect(log)
+        screen.line("base")
+        screen.live(lambda: "step 1", force=True)
+        screen.at_once("stopping")
+        os.system("echo words of a library; echo and an error >&2")
+        screen.error("rank 3 failed")
+    assert (tmp_path / "screen").read_text() == "rank 3 failed\n"
+    assert log.read_text() == "base\nwords of a library\nand an error\n"
+
+
+def test_a_terminal_has_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    with screen_on(theirs) as screen:
+        for step in range(1, 200):  # faster than anyone can look
+            screen.live(lambda step=step: f"step {step} " + "x" * 80)
+        screen.line("saved")
+        screen.error("broken")
+    os.close(theirs)
+    shown = os.read(mine, 100_000).decode().replace("\r\n", "\n")
+    os.close(mine)
+    parts = shown.split("\r")
+    assert parts[1] == "step 1 " + "x" * 42, "cut to one column less than the terminal has"
+    assert sum(part.startswith("step ") for part in parts) < 20
+    assert re.search(r"\r {49}\rsaved\n\r {49}\rbroken\n$", shown), repr(shown[-200:])
+
+
+def test_a_screen_that_goes_away_does_not_end_the_run() -> None:
+    reader, writer = os.pipe()
+    with screen_on(writer) as screen:
+        os.close(writer)
+        os.close(reader)
+        for _ in range(3):
+            screen.line("who reads this?")
+            screen.at_once("or this?")
+
+
+def test_one_process_of_a_launch_tells(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    assert not console.is_claimed(tmp_path, "a")
+    assert [console.claim(tmp_path, "a"), console.claim(tmp_path, "a"), console.claim(tmp_path, "b")] == [
+        True,
+        False,
+        True,
+    ]
+    console.forget_claims(tmp_path, but="b")
+    assert (console.is_claimed(tmp_path, "a"), console.is_claimed(tmp_path, "b")) == (False, True)
+    assert console.claim(tmp_path / "no such folder", "a") is True
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stop(tmp_path: Path) -> Iterator[StopRequest]:
+    with screen_in(tmp_path / "screen") as screen, StopRequest(screen, failed=lambda: False) as request:
+        yield request
+
+
+@pytest.mark.parametrize("number", console.STOPPING)
+def test_in_the_loop_a_signal_is_noted(stop: StopRequest, number: signal.Signals, tmp_path: Path) -> None:
+    stop.in_loop = True
+    os.kill(os.getpid(), number)
+    assert stop.asked
+    assert (
+        tmp_path / "screen"
+    ).read_text() == "stopping after this step, with a checkpoint; Ctrl-C again: at once, without\n"
+
+
+@pytest.mark.parametrize("number", console.STOPPING)
+def test_before_the_loop_a_signal_ends_the_run(stop: StopRequest, number: signal.Signals) -> None:
+    with pytest.raises(InterruptedRunError, match="before the first step"):
+        os.kill(os.getpid(), number)
+    assert stop.asked
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_an_echo_of_the_first(
+    stop: StopRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.monotonic()]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    stop.in_loop = True
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+        now[0] += 0.5
+    now[0] += 3.0
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    stop.over()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back(stop: StopRequest) -> None:
+    mine = signal.getsignal(signal.SIGTERM)
+    with StopRequest(stop._screen, failed=lambda: False):
+        assert signal.getsignal(signal.SIGTERM) != mine
+    assert signal.getsignal(signal.SIGTERM) == mine
+
+
+def test_a_hanging_rank_ends_when_another_has_failed(tmp_path: Path) -> None:
+    """The main thread runs no handler again, as in a collective on a GPU. SIGHUP stays ignored, as nohup wants it."""
+    code = (
+        "import ctypes, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lora_scale.storage.console import Console, StopRequest\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with StopRequest(Console(0), Path(sys.argv[1]).exists) as stop:\n"
+        "    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"
+        "    stop.in_loop = True\n"
+        "    print('ready', flush=True)\n"
+        "    mutex = ctypes.create_string_buffer(64)\n"
+        "    for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(mutex)\n"
+    )
+    marker = tmp_path / "failed"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(marker)], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.0)
+    marker.touch()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5.0) == 1
+    process.stdout.close()
