@@ -38,14 +38,12 @@ def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
     if cfg.data.packing and not (known and known.packs):
         raise ConfigError(
             f"data.packing is true, but model type {folder.config.get('model_type')!r} is not known to keep "
-            "packed documents "
-            "apart; set data.packing=false"
+            "packed documents apart; set data.packing=false"
         )
     if cfg.data.packing and cfg.model.attention == "flash_attention_2" and cfg.train.micro_batch_size > 1:
         raise ConfigError(
             f"model.attention is flash_attention_2 and train.micro_batch_size is {cfg.train.micro_batch_size}: it "
-            "keeps packed "
-            "documents apart at 1 only; set train.micro_batch_size=1 with a larger data.seq_len, or "
+            "keeps packed documents apart at 1 only; set train.micro_batch_size=1 with a larger data.seq_len, or "
             "model.attention=sdpa"
         )
     blocks, validation = on_rank_zero(lambda: blocks_of_run(cfg, folder))
