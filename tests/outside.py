@@ -89,7 +89,9 @@ class Command:
             if self.process.poll() is not None:
                 return False
             assert time.monotonic() - self.started < limit, f"neither over nor to be killed after {limit:.0f} s"
-            time.sleep(0.005)
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # now; to look for processes takes longer than a save
         self.kill(at_once=True)
         os.close(self._screen)
         return True

@@ -151,21 +151,14 @@ def test_before_the_loop_a_signal_ends_the_run(stop: StopRequest, number: signal
     assert stop.asked
 
 
-def test_a_second_ctrl_c_ends_at_once_but_not_an_echo_of_the_first(
-    stop: StopRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [time.monotonic()]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+def test_repeated_and_late_signals_change_nothing(stop: StopRequest, tmp_path: Path) -> None:
+    """torchrun passes a Ctrl-C on that the terminal has sent already; who is about to end needs no telling."""
     stop.in_loop = True
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
-        now[0] += 0.5
-    now[0] += 3.0
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
     stop.over()
     os.kill(os.getpid(), signal.SIGINT)
+    assert (tmp_path / "screen").read_text().count("\n") == 1
 
 
 def test_handlers_are_put_back(stop: StopRequest) -> None:
@@ -175,29 +168,55 @@ def test_handlers_are_put_back(stop: StopRequest) -> None:
     assert signal.getsignal(signal.SIGTERM) == mine
 
 
-def test_a_hanging_rank_ends_when_another_has_failed(tmp_path: Path) -> None:
-    """The main thread runs no handler again, as in a collective on a GPU. SIGHUP stays ignored, as nohup wants it."""
-    code = (
-        "import ctypes, signal, sys\n"
-        "from pathlib import Path\n"
-        "from lora_scale.storage.console import Console, StopRequest\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "with StopRequest(Console(0), Path(sys.argv[1]).exists) as stop:\n"
-        "    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"
-        "    stop.in_loop = True\n"
-        "    print('ready', flush=True)\n"
-        "    mutex = ctypes.create_string_buffer(64)\n"
-        "    for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(mutex)\n"
-    )
-    marker = tmp_path / "failed"
+HANGING = """
+import ctypes, signal, sys
+from pathlib import Path
+from lora_scale.storage import console
+from lora_scale.storage.console import Console, StopRequest
+console.ECHO, console.PATIENCE = 0.5, 1.0
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with StopRequest(Console(0), Path(sys.argv[1]).exists) as stop:
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, "nohup's wish"
+    stop.in_loop = sys.argv[2] == "loop"
+    print("ready", flush=True)
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def hanging(failed: Path, where: str) -> "subprocess.Popen[bytes]":
+    """A process whose main thread runs no handler any more, as in a collective with a rank that is gone."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code, str(marker)], env=environment, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", HANGING, str(failed), where]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     time.sleep(0.2)
+    return process
+
+
+def test_a_hanging_rank_ends_when_another_has_failed(tmp_path: Path) -> None:
+    process = hanging(tmp_path / "failed", "loop")
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1.0)
-    marker.touch()
+        process.wait(timeout=1.5)
+    (tmp_path / "failed").touch()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5.0) == 1
-    process.stdout.close()
+    assert (process.communicate(timeout=5.0)[0], process.returncode) == (b"", 1)
+
+
+def test_a_second_ctrl_c_ends_a_hanging_process(tmp_path: Path) -> None:
+    process = hanging(tmp_path / "failed", "loop")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=5.0)
+    assert process.returncode == 130
+    assert out == b"lora-scale: stopped with Ctrl-C, without a checkpoint; the same command goes on from the last one\n"
+
+
+def test_set_up_that_waits_for_other_ranks_can_be_stopped(tmp_path: Path) -> None:
+    process = hanging(tmp_path / "failed", "set-up")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=5.0)
+    assert (out, process.returncode) == (f"lora-scale: {console.TOO_EARLY}\n".encode(), 75)

@@ -123,7 +123,7 @@ class _Peak:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 3), (4, 3), (2, 0)])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 3), (3, 3), (4, 3), (2, 0)])
 def test_bytes_are_read_once(ranks: int, stage: int, tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 4000}
     folder = tiny_folder(tmp_path / "model", "llama", **shape)

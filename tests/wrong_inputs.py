@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
 
-import torch  # noqa: E402
-from huggingface_hub import constants  # noqa: E402
 from test_config import SMALL, WRONG_FILES  # noqa: E402
 from test_dataset import WRONG as WRONG_ROWS  # noqa: E402
 from test_folder import WRONG as WRONG_FOLDERS  # noqa: E402
@@ -36,11 +35,6 @@ from lora_scale import cli  # noqa: E402
 from lora_scale.storage import checkpoints, runlog  # noqa: E402
 from lora_scale.storage.weights import read_safetensors  # noqa: E402
 
-QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "DS_ACCELERATOR": "cpu",
-}  # of a case only
 PATIENCE = 60.0  # seconds after which a case counts as hanging
 CONFIG = """\
 model: {path: model}
@@ -364,9 +358,7 @@ def _fork(case: Case, folder: Path, screen: Path, place: Mapping[str, str]) -> i
         return child
     try:
         os.chdir(folder)
-        os.environ.update(QUIET | case.env | place)
-        constants.HF_HUB_OFFLINE = True  # read from the environment when the library was imported
-        torch.set_num_threads(1)
+        os.environ.update(case.env | place)
         descriptor = os.open(screen.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)

@@ -119,10 +119,9 @@ def _fault(error: BaseException, rank: int) -> tuple[int, str]:
     """Exit code and one line for what nobody expected; the traceback is in the log."""
     first = (str(error).splitlines() or [""])[0]
     match error:
-        case KeyboardInterrupt():
-            return 130, "stopped with Ctrl-C, without a checkpoint; the same command goes on from the last one"
         case torch.OutOfMemoryError():
-            return 3, f"rank {rank}: {first} Set recompute=all, or a smaller train.micro_batch_size or data.seq_len"
+            what = first.partition(" Including ")[0]  # torch goes on about its allocator
+            return 3, f"rank {rank}: {what} Set recompute=all, or a smaller train.micro_batch_size or data.seq_len"
         case _:
             return 1, f"rank {rank} failed: {type(error).__name__}: {first}"
 

@@ -26,7 +26,7 @@ import torch
 from lora_scale.parallel.world import TOKEN, free_port
 from lora_scale.spec.errors import UsageError
 from lora_scale.storage import console
-from lora_scale.storage.console import ECHO, STOPPING, Console
+from lora_scale.storage.console import ECHO, STOPPING, TOO_EARLY, Console
 
 TELLING = (0, 1, 2, 3, 75, 130)  # exit codes of a rank that has said on the screen what there is to say
 GRACE = 60.0  # seconds for ranks that outlived a killed launcher to save and end
@@ -66,7 +66,7 @@ def run(ranks: int, arguments: Sequence[str], run_dir: Path) -> int:
     if code == 0 or not console.claim(run_dir, token):  # a rank has told
         return code if code in TELLING else 1
     if stop.asked:  # before the ranks could listen to signals
-        _say("lora-scale: interrupted before the first step; the same command begins again")
+        _say(f"lora-scale: {TOO_EARLY}")
         return 75
     _say(f"lora-scale: error: a rank {_end_of(code)} and could not say why\n  log: {log.parent}")
     return 1

@@ -20,6 +20,7 @@ PLAIN_EVERY = 30.0  # seconds between lines of progress where the output is no t
 REDRAW = 0.05  # seconds between states of the live line on one
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ECHO = 2.0  # seconds in which one Ctrl-C can arrive twice: from the terminal, and passed on by torchrun
+PATIENCE = 10.0  # seconds that set-up has to notice a signal, which a library waiting for other ranks does not
 
 
 class Console:
@@ -148,19 +149,22 @@ def _marker(run_dir: Path, token: str) -> Path:
     return run_dir / "log" / f".error-{token}"
 
 
+TOO_EARLY = "interrupted before the first step; the same command begins again"
+
+
 class StopRequest:
     """Whether a signal asked this process to stop. The loop looks once a step; before it nothing is worth saving, and
-    the signal raises InterruptedRunError. A second Ctrl-C raises KeyboardInterrupt.
+    the signal raises InterruptedRunError.
 
-    A launcher also sends SIGTERM when another rank has failed (`failed`). Then there is nothing to save, and the main
-    thread may hang for ever in a collective with that rank, where no Python handler runs: a thread ends the process.
+    The main thread may hang in a collective, where no Python handler runs. So a thread ends the process, without a
+    save, at a second Ctrl-C; when set-up does not end by itself; and at a SIGTERM after another rank has failed
+    (`failed`), which a launcher sends to those that are left.
     """
 
     def __init__(self, screen: Console, failed: Callable[[], bool]):
         self.asked = False
         self.in_loop = False
         self._screen, self._failed = screen, failed
-        self._since = 0.0
         self._over = False
         self._before: dict[int, Any] = {}
 
@@ -186,23 +190,41 @@ class StopRequest:
         self._over = True
 
     def _ask(self, number: int, _frame: object) -> None:
-        now = time.monotonic()
-        if self._over or (number == signal.SIGTERM and self._failed()):  # that is for the thread
+        if self._over or self.asked or (number == signal.SIGTERM and self._failed()):
             return
-        if self.asked:
-            if number == signal.SIGINT and now - self._since > ECHO:
-                raise KeyboardInterrupt
-            return
-        self.asked, self._since = True, now
+        self.asked = True
         if not self.in_loop:
-            raise InterruptedRunError("interrupted before the first step; the same command begins again")
+            raise InterruptedRunError(TOO_EARLY)
         self._screen.at_once("stopping after this step, with a checkpoint; Ctrl-C again: at once, without")
 
     def _watch(self) -> None:
-        """Reads the numbers of signals, which the kernel's handler writes whatever the main thread does."""
+        """Reads the numbers of signals, which C's own handler writes whatever the main thread does."""
+        first: float | None = None
         with os.fdopen(self._wake, "rb", buffering=0) as signals:
             while number := signals.read(1):
-                if number[0] == signal.SIGTERM and not self._over and self._failed():
-                    self._screen.clear()
-                    sys.stdout.flush()
-                    os._exit(1)
+                now = time.monotonic()
+                if number[0] == signal.SIGTERM and self._failed():
+                    self._end(1, "")
+                elif first is None:
+                    first = now
+                    if not self.in_loop:
+                        threading.Thread(target=self._end_if_still_early, daemon=True).start()
+                elif number[0] == signal.SIGINT and now - first > ECHO:
+                    self._end(
+                        130, "stopped with Ctrl-C, without a checkpoint; the same command goes on from the last one"
+                    )
+
+    def _end_if_still_early(self) -> None:
+        time.sleep(PATIENCE)
+        if not self.in_loop:
+            self._end(75, TOO_EARLY)
+
+    def _end(self, code: int, text: str) -> None:
+        """End the process now, unless it is about to do so by itself."""
+        if self._over:
+            return
+        self._screen.clear()
+        if text:
+            self._screen.at_once(f"lora-scale: {text}")
+        sys.stdout.flush()
+        os._exit(code)
