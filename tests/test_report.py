@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
+from timing import children_seconds
 
 from lora_scale.cli import main
 from lora_scale.spec import cost, named
@@ -238,9 +238,9 @@ def test_it_answers_within_a_second_without_torch(run: Path) -> None:
     )
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = children_seconds()
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(children_seconds() - started)
         assert done.returncode == 0, done.stderr
     assert min(seconds) < 1.0, seconds
