@@ -1,5 +1,6 @@
 """The screen: what is shown when, in which units, once, and what signals do to a run."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -84,6 +85,15 @@ def test_other_ranks_are_silent_but_for_errors_and_their_logs(
     assert log.read_text() == "base\nwords of a library\nand an error\n"
 
 
+def everything(terminal: int) -> str:
+    """What a terminal without writers shows; a read returns any part of it, and EIO after the last."""
+    shown = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 100_000):
+            shown += part
+    return shown.decode()
+
+
 def test_a_terminal_has_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     mine, theirs = pty.openpty()
@@ -94,7 +104,7 @@ def test_a_terminal_has_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -
         screen.line("saved")
         screen.error("broken")
     os.close(theirs)
-    shown = os.read(mine, 100_000).decode().replace("\r\n", "\n")
+    shown = everything(mine).replace("\r\n", "\n")
     os.close(mine)
     parts = shown.split("\r")
     assert parts[1] == "step 1 " + "x" * 42, "cut to one column less than the terminal has"
@@ -166,6 +176,18 @@ def test_handlers_are_put_back(stop: StopRequest) -> None:
     with StopRequest(stop._screen, failed=lambda: False):
         assert signal.getsignal(signal.SIGTERM) != mine
     assert signal.getsignal(signal.SIGTERM) == mine
+
+
+def test_afterwards_no_thread_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(console, "PATIENCE", 0.3)
+    monkeypatch.setattr(console.os, "_exit", ended.append)
+    with screen_in(tmp_path / "screen") as screen, StopRequest(screen, failed=lambda: False):
+        with pytest.raises(InterruptedRunError):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)  # the watching thread has read it
+    time.sleep(0.5)
+    assert not ended
 
 
 HANGING = """

@@ -180,6 +180,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.over()
         signal.set_wakeup_fd(-1)
         self._pipe.close()
         for number, handler in self._before.items():
