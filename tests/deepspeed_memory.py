@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_scale.parallel import load, recompute, setup, zero3
+from lora_scale.parallel import grid, load, recompute, setup, zero3
 from lora_scale.parallel.engine import Engine, ds_config
 from lora_scale.parallel.world import World
 from lora_scale.spec.config import RunConfig
@@ -25,9 +25,11 @@ def held(here: World, folder: Path, cfg: RunConfig) -> dict[str, int]:
     config = ds_config(
         cfg, 1, recompute.layer_numel(layers), parameters.trainable, sorted({type(layer).__name__ for layer in layers})
     )
-    partitioner = zero3.Partitioner(config, load.dtype_of(cfg)) if cfg.parallel.zero_stage == 3 else None
-    load.fill(model, base, here.device, partitioner)
-    ds = Engine(model, cfg, here, config, dropout).ds
+    place, partitioner = grid.make(cfg.parallel, here), None
+    if cfg.parallel.zero_stage == 3:
+        partitioner = zero3.Partitioner(config, load.dtype_of(cfg), place.base_group)
+    load.fill(model, base, here.device, partitioner, {}, place)
+    ds = Engine(model, cfg, place, config, dropout, {}).ds
     ids = torch.randint(3, 60, (1, 8))
     for last in (False, True):
         logits = ds(input_ids=ids, position_ids=torch.arange(8)[None], use_cache=False).logits

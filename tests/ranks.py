@@ -1,64 +1,59 @@
-"""Run a function of a test module on N ranks of this machine, each a fresh process, and judge what they return.
+"""Run a function of a test module on N ranks of this machine, each a process of its own, and judge what they return.
 
+The processes are forked from one that has imported the heavy packages, which takes longer than most cases.
 A rank writes its result before it leaves the process group, so that a hang or an abort in the tear-down of a library
 cannot turn a right result into a failure, nor hide a wrong one. A rank that is late is killed and its log is shown.
 """
 
 import importlib
-import json
+import multiprocessing
 import os
-import socket
-import subprocess
 import sys
 import time
 import traceback
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_scale.parallel.world import free_port
+
 TESTS = Path(__file__).parent
+HEAVY = ["torch.distributed", "deepspeed", "transformers.models.llama.modeling_llama", "peft", "training"]
 
 
-def run_ranks(size: int, function: str, *args: Any, folder: Path, timeout: float = 240.0) -> list[Any]:
-    """Results of `module:function(*args)` on ranks 0..size-1. Arguments travel as JSON, results by torch.save.
+def run_ranks(
+    size: int, function: str, *args: Any, folder: Path, timeout: float = 240.0, per_node: int | None = None
+) -> list[Any]:
+    """Results of `module:function(world, *args)` on ranks 0..size-1. Arguments travel pickled, results by torch.save.
 
-    Raises AssertionError with the first failing rank's traceback. `folder` must be fresh.
+    `per_node` ranks have local ranks of their own, as on one node of several. Raises AssertionError with the first
+    failing rank's traceback. `folder` must be fresh.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes, logs = [], []
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # read when deepspeed is imported
+    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")  # CUDA does not survive a fork
+    if not on_gpu:
+        context.set_forkserver_preload(HEAVY)
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
     for rank in range(size):
-        logs.append((folder / f"rank-{rank}.txt").open("w"))
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
-        }
-        command = [sys.executable, str(TESTS / "ranks.py"), function, str(folder), json.dumps(args)]
-        processes.append(subprocess.Popen(command, env=env, stdout=logs[-1], stderr=subprocess.STDOUT))
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank % (per_node or size))}
+        processes.append(context.Process(target=_main, args=(shared | place, function, folder, args), daemon=True))
+        processes[-1].start()
     outcomes = [folder / f"result-{rank}.pt" for rank in range(size)]
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and not all(path.exists() for path in outcomes):
-        if any(p.poll() not in (None, 0) and not path.exists() for p, path in zip(processes, outcomes, strict=True)):
+        if any(p.exitcode not in (None, 0) and not path.exists() for p, path in zip(processes, outcomes, strict=True)):
             time.sleep(1.0)  # let the others write what they know
             break
-        time.sleep(0.05)
+        time.sleep(0.02)
     for process in processes:
-        try:
-            process.wait(timeout=10.0 if all(path.exists() for path in outcomes) else 0.1)
-        except subprocess.TimeoutExpired:
+        process.join(10.0 if all(path.exists() for path in outcomes) else 0.1)
+        if process.exitcode is None:
             process.kill()
-            process.wait()
-    for log in logs:
-        log.close()
+            process.join()
     results = []
     for rank, path in enumerate(outcomes):
         text = (folder / f"rank-{rank}.txt").read_text()
@@ -69,12 +64,15 @@ def run_ranks(size: int, function: str, *args: Any, folder: Path, timeout: float
     return results
 
 
-def _main() -> None:
+def _main(environment: dict[str, str], name: str, folder: Path, args: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    rank = int(environment["RANK"])
+    with (folder / f"rank-{rank}.txt").open("w") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(1)
     from lora_scale.parallel import world
 
-    name, folder, args = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
     module, _, function = name.partition(":")
     result, error = None, None
     try:
@@ -88,7 +86,3 @@ def _main() -> None:
     if error is not None:
         os._exit(1)
     world.stop()
-
-
-if __name__ == "__main__":
-    _main()

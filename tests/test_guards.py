@@ -15,13 +15,13 @@ from tiny import tiny_folder
 from torch import Tensor, nn
 from training import config, start, write_rows
 
-from lora_scale.adapters.lora import LoRALinear, adapt
-from lora_scale.parallel import checkpoint, guards
+from lora_scale.adapters.lora import LoRALinear, adapt, adapted_layers
+from lora_scale.parallel import checkpoint, grid, guards, masters
 from lora_scale.parallel.engine import StepResult
 from lora_scale.parallel.guards import LearningGuard
-from lora_scale.parallel.setup import Job, adapted_layers
+from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World
-from lora_scale.spec.config import LoraConfig
+from lora_scale.spec.config import LoraConfig, ParallelConfig
 from lora_scale.spec.errors import TrainingError
 from lora_scale.spec.schedule import learning_rate
 
@@ -43,11 +43,18 @@ def two_layers() -> nn.Module:
     return model
 
 
+def engine_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """What the guard asks of an engine."""
+    ds = SimpleNamespace(module=model, optimizer=optimizer)
+    place = grid.make(ParallelConfig(), World("none", 0, 1, 0))
+    return SimpleNamespace(ds=ds, parts=lambda: masters.parts(ds, place, {}))
+
+
 def guarded(model: nn.Module, lrs: list[float], targets: list[int] | None = None) -> LearningGuard:
     """Train on noise with these learning rates, and let the guard look after every step."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1.0, weight_decay=0.0)
-    guard = LearningGuard(SimpleNamespace(module=model, optimizer=optimizer))
+    guard = LearningGuard(engine_of(model, optimizer))
     layers = list(model.values()) if isinstance(model, nn.ModuleDict) else [model]
     for number, lr in enumerate(lrs, start=1):
         out = torch.randn(3, 6, generator=torch.Generator().manual_seed(number))
@@ -136,7 +143,7 @@ def test_experts_without_tokens_are_listed_not_refused() -> None:
     experts = nn.ModuleList([nn.Linear(6, 6, bias=False) for _ in range(3)])
     model = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    guard = LearningGuard(SimpleNamespace(module=model, optimizer=optimizer))
+    guard = LearningGuard(engine_of(model, optimizer))
     experts[1](torch.randn(2, 6)).square().sum().backward()
     optimizer.step()
     guard.after_step(1, 1e-3, 4)
@@ -233,7 +240,7 @@ def stopped_by(here: World, trees: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def _steps(job: Job, count: int) -> None:
-    guard, total = LearningGuard(job.engine.ds), job.data.plan.total_steps
+    guard, total = LearningGuard(job.engine), job.data.plan.total_steps
     for number in range(count):
         step, lr = job.data.plan.step(number), learning_rate(number, total, job.cfg.train)
         result = job.engine.train_step(step, number, lr)

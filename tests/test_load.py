@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from tiny import tiny_folder
+from torch import nn
 from training import config, write_rows
 
-from lora_scale.parallel import load, metrics, setup, zero3
+from lora_scale.parallel import grid, load, metrics, setup, zero3
 from lora_scale.parallel.engine import ds_config
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
-from lora_scale.spec.config import RunConfig
+from lora_scale.spec.config import ParallelConfig, RunConfig
 from lora_scale.spec.errors import LoraScaleError, ModelError
-from lora_scale.storage.folder import fingerprint, open_folder
+from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
 
 pytestmark = pytest.mark.ranks
 
@@ -36,7 +38,11 @@ FORMS: list[tuple[str, str, str, dict[str, Any]]] = [
 
 def _partitioner(tree: dict[str, Any]) -> zero3.Partitioner:
     cfg = RunConfig.model_validate(tree)
-    return zero3.Partitioner(ds_config(cfg, 1, 1000, 1000, []), load.dtype_of(cfg))
+    return zero3.Partitioner(ds_config(cfg, 1, 1000, 1000, []), load.dtype_of(cfg), dist.group.WORLD)
+
+
+def _fill(model: nn.Module, folder: ModelFolder, here: World, partitioner: zero3.Partitioner | None) -> load.Loaded:
+    return load.fill(model, folder, here.device, partitioner, {}, grid.make(ParallelConfig(), here))
 
 
 def loaded_equals_transformers(here: World, trees: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -50,7 +56,7 @@ def loaded_equals_transformers(here: World, trees: dict[str, dict[str, Any]]) ->
         cfg = RunConfig.model_validate(tree)
         folder = open_folder(cfg.model.path)
         model = load.empty(folder, cfg)
-        load.fill(model, folder, here.device, _partitioner(tree) if cfg.parallel.zero_stage == 3 else None)
+        _fill(model, folder, here, _partitioner(tree) if cfg.parallel.zero_stage == 3 else None)
         theirs = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=load.dtype_of(cfg))
         expected = dict(theirs.named_parameters())
         assert [n for n, _ in model.named_parameters()] == list(expected)
@@ -89,7 +95,7 @@ def bytes_of_loading(here: World, tree: dict[str, Any]) -> dict[str, Any]:
     on_rank_zero(lambda: fingerprint(folder))
     model = load.empty(folder, cfg)
     with _Peak() as peak:
-        loaded = load.fill(model, folder, here.device, partitioner)
+        loaded = _fill(model, folder, here, partitioner)
     kept = sum(t.numel() * t.element_size() for t in loaded.partitions.values())
     digest = hash(tuple(float(t.double().sum()) for t in loaded.partitions.values()))
     return {
@@ -151,7 +157,7 @@ def fails(here: World, tree: dict[str, Any]) -> str:
     on_rank_zero(lambda: None)
     begin = time.monotonic()
     try:
-        on_every_rank(lambda: load.fill(model, folder, here.device, partitioner))
+        on_every_rank(lambda: _fill(model, folder, here, partitioner))
     except LoraScaleError as error:
         assert time.monotonic() - begin < 20
         return str(error)

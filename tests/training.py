@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_scale.adapters.dropout import DropoutContext
+from lora_scale.adapters.lora import adapt, file_name
 from lora_scale.parallel import data as run_data
+from lora_scale.parallel import grid as grids
 from lora_scale.parallel import masters, setup
 from lora_scale.parallel.world import World
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.families import roles
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage.console import Console
 from lora_scale.storage.folder import open_folder
@@ -79,14 +83,15 @@ def start(here: World, tree: dict[str, Any], *, randomise: bool = True) -> setup
     cfg = RunConfig.model_validate(tree)
     screen = Console(rank=1)  # silent
     folder, identity = setup.open_base(cfg, screen)
-    data = run_data.read_data(cfg, folder, here)
+    grid = grids.make(cfg.parallel, here)
+    data = run_data.read_data(cfg, folder, grid)
     model, dropout, _ = setup.build_model(cfg, folder)
-    job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
+    job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
     if randomise and cfg.method == "lora":
-        parts = masters.parts(job.engine.ds)
-        values = random_factors({p.name: p.shape for p in parts})
+        parts = job.engine.parts()
+        values = random_factors({p.name: p.whole_shape for p in parts})
         zeros = {name: torch.zeros_like(value) for name, value in values.items()}
-        masters.restore(job.engine.ds, {masters.VALUE: values, **dict.fromkeys(masters.MOMENTS, zeros)}, step=0)
+        masters.restore(job.engine.ds, parts, {masters.VALUE: values, **dict.fromkeys(masters.MOMENTS, zeros)}, step=0)
     return job
 
 
@@ -107,7 +112,7 @@ def train(job: setup.Job, first: int = 0, steps: int | None = None) -> Trace:
 
 def everything(job: setup.Job, what: str) -> dict[str, Tensor]:
     """All trainable tensors on rank 0; an empty dict on the others. Collective."""
-    found = {name: t for name, t in masters.gather(job.engine.ds, masters.parts(job.engine.ds), what) if t is not None}
+    found = {name: t for name, t in masters.gather(job.engine.ds, job.engine.parts(), what) if t is not None}
     return {name.replace(".base_layer.", "."): t.clone() for name, t in found.items()}
 
 
@@ -131,10 +136,17 @@ def reference(tree: dict[str, Any], steps: int = STEPS) -> Trace:
         cfg.model.path, dtype=torch.float32, attn_implementation=cfg.model.attention
     )
     name_of: Callable[[str], str] = str
-    if cfg.method == "lora":
-        ends = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-        targets = [ends.get(role, role) for role in cfg.lora.target_modules]
-        model = get_peft_model(model, LoraConfig(r=cfg.lora.r, lora_alpha=cfg.lora.lora_alpha, target_modules=targets))
+    context: DropoutContext | None = None
+    if cfg.lora.dropout:  # PEFT's own masks are random: our layers on the plain model stand in for its
+        context = DropoutContext(cfg.seed)
+        adapt(model, cfg.lora, cfg.seed, context)
+        name_of = file_name
+    elif cfg.method == "lora":
+        suffixes = roles(model.config.model_type)
+        targets = sorted({end for role in cfg.lora.target_modules for end in suffixes.get(role, (role,))})
+        conv = model.config.model_type == "gpt2"
+        peft = LoraConfig(r=cfg.lora.r, lora_alpha=cfg.lora.lora_alpha, target_modules=targets, fan_in_fan_out=conv)
+        model = get_peft_model(model, peft)
         name_of = _our_name
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -143,10 +155,12 @@ def reference(tree: dict[str, Any], steps: int = STEPS) -> Trace:
     if cfg.method == "lora":
         for name, value in random_factors({name: tuple(p.shape) for name, p in named.items()}).items():
             named[name].data.copy_(value)
-    return _reference_steps(model.train(), cfg, named, steps)
+    return _reference_steps(model.train(), cfg, named, steps, context)
 
 
-def _reference_steps(model: nn.Module, cfg: RunConfig, named: dict[str, nn.Parameter], steps: int) -> Trace:
+def _reference_steps(
+    model: nn.Module, cfg: RunConfig, named: dict[str, nn.Parameter], steps: int, context: DropoutContext | None
+) -> Trace:
     blocks, _ = run_data.blocks_of_run(cfg, open_folder(cfg.model.path))
     plan = StepPlan(blocks, cfg.train.global_batch_size, 1, 0, 1, cfg.seed, cfg.train.epochs, cfg.train.max_steps)
     optimizer = torch.optim.AdamW(named.values(), lr=cfg.train.lr, weight_decay=0.0)
@@ -156,7 +170,7 @@ def _reference_steps(model: nn.Module, cfg: RunConfig, named: dict[str, nn.Param
         total = torch.zeros(())
         for batch in step.micro_batches:
             for block in range(len(batch.input_ids)):
-                total = total + _documents_loss(model, batch, block, step.target_tokens)
+                total = total + _documents_loss(model, batch, block, step.target_tokens, context, number)
         norm = nn.utils.clip_grad_norm_(named.values(), cfg.train.max_grad_norm)
         trace.losses.append(total.item())
         trace.norms.append(float(norm))
@@ -170,7 +184,9 @@ def _reference_steps(model: nn.Module, cfg: RunConfig, named: dict[str, nn.Param
     return trace
 
 
-def _documents_loss(model: nn.Module, batch: Any, block: int, targets: int) -> Tensor:
+def _documents_loss(
+    model: nn.Module, batch: Any, block: int, targets: int, context: DropoutContext | None, number: int
+) -> Tensor:
     """The block's documents one after the other, each alone in the model; backward done, the summed loss / targets
     returned."""
     loss = torch.zeros(())
@@ -179,6 +195,8 @@ def _documents_loss(model: nn.Module, batch: Any, block: int, targets: int) -> T
         here = owner == document
         if document < 0 or not (labels[here] != -100).any():
             continue
+        if context is not None:
+            context.set(number, owner[here][None], torch.from_numpy(batch.position_ids[block])[here][None])
         logits = model(input_ids=ids[here][None], use_cache=False).logits[0]
         part = F.cross_entropy(logits.float(), labels[here], ignore_index=-100, reduction="sum") / targets
         part.backward()

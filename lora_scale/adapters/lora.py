@@ -50,6 +50,7 @@ class LoRALinear(nn.Module):
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.dropout = dropout
         self.context = context
+        self.first_feature = 0  # of the input, in the whole layer's: other than 0 where lora_A is cut
         # fp32: bf16 loses small updates. CPU: the base may be on meta, the factors are real from the start.
         self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, dtype=torch.float32, device="cpu"))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device="cpu"))  # (out, r)
@@ -57,7 +58,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         if self.context is not None and self.dropout > 0.0 and self.training:
-            x = self.context.drop(x, self.name, self.dropout)
+            x = self.context.drop(x, self.name, self.dropout, self.first_feature)
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return y + update * self.scaling
 
@@ -107,6 +108,11 @@ def adapt(model: nn.Module, cfg: LoraConfig, seed: int, context: DropoutContext 
         setattr(model.get_submodule(parent), child, layer)
         adapted[name] = layer
     return adapted
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by module name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def file_name(parameter_name: str) -> str:

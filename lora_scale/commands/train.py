@@ -17,6 +17,7 @@ import torch
 
 from lora_scale.parallel import checkpoint, guards, local, metrics, setup, world
 from lora_scale.parallel import data as run_data
+from lora_scale.parallel import grid as grids
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, cost
@@ -130,17 +131,18 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
     """One rank's whole run."""
     kept: list[Any] = []  # what stays with the first rank: the lock and the log
     on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
+    grid = grids.make(cfg.parallel, here)
     folder, identity = setup.open_base(cfg, screen)
     resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
-    data = run_data.read_data(cfg, folder, here)
-    run_data.say_data(cfg, data, here, screen)
+    data = run_data.read_data(cfg, folder, grid)
+    run_data.say_data(cfg, data, grid, screen)
     saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
     if saved and saved.step >= data.plan.total_steps:
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
         return
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
-    job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
+    job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
     for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")
     if resume and saved:
@@ -155,7 +157,7 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
 def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, first: int, tokens_seen: int) -> None:
     """The steps from `first` (finished ones are not repeated) to the last."""
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
-    learning, val_loss = guards.LearningGuard(engine.ds), None
+    learning, val_loss = guards.LearningGuard(engine), None
     if data.validation and first == 0:
         val_loss = engine.evaluate(data.validation)
         screen.line(f"before   val_loss {val_loss:.4f}")

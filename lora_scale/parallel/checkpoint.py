@@ -59,11 +59,11 @@ def save(
     When the disk is full, say, every rank gets the error, and what was written is removed.
     """
     final = folder / checkpoints.name(state.step)
-    found = masters.parts(engine.ds)
+    found = engine.parts()
     if not found or (empty := [p.name for p in found if 0 in p.shape]):
         what = f"{empty[0]} and {len(empty) - 1} others have no elements" if found else "nothing trains"
         raise TrainingError(f"step {state.step}: {final} is not written: {what}")
-    specs = [(key(p.name), "F32", p.shape) for p in found]
+    specs = [(key(p.name), "F32", p.whole_shape) for p in found]
     moments = [(f"{name}.{moment}", dtype, shape) for moment in masters.MOMENTS for name, dtype, shape in specs]
 
     def values() -> Iterator[Tensor | None]:
@@ -138,15 +138,17 @@ def check_resumable(saved: State, now: State, path: Path) -> None:
 def restore(engine: Engine, path: Path, state: State, key: Callable[[str], str]) -> None:
     """Read a checkpoint's tensors on every rank and put this rank's runs in place. All ranks fail together."""
 
+    found = engine.parts()
+
     def read() -> dict[str, dict[str, Tensor]]:
-        shapes = {p.name: p.shape for p in masters.parts(engine.ds)}
+        shapes = {p.name: p.whole_shape for p in found}
         weights = _read(path / WEIGHTS[state.method], {key(name): shape for name, shape in shapes.items()})
         wanted = {f"{key(name)}.{moment}": shape for moment in masters.MOMENTS for name, shape in shapes.items()}
         moments = _read(path / OPTIMIZER, wanted)
         values = {masters.VALUE: {name: weights[key(name)] for name in shapes}}
         return values | {m: {name: moments[f"{key(name)}.{m}"] for name in shapes} for m in masters.MOMENTS}
 
-    masters.restore(engine.ds, on_every_rank(read), state.step)
+    masters.restore(engine.ds, found, on_every_rank(read), state.step)
 
 
 def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

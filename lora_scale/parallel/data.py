@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lora_scale.parallel.world import World, on_rank_zero
+from lora_scale.parallel.grid import Grid
+from lora_scale.parallel.world import on_rank_zero
 from lora_scale.spec import cost
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
@@ -30,10 +31,10 @@ class Data:
         return {"fingerprint": self.blocks.fingerprint(), "blocks": len(self.blocks), "seq_len": cfg.data.seq_len}
 
 
-def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
+def read_data(cfg: RunConfig, folder: ModelFolder, grid: Grid) -> Data:
     """Rows to blocks to steps. The first rank reads and tokenises; every rank gets all blocks and keeps its part of
     each step."""
-    check_batch_sizes(cfg.train.global_batch_size, cfg.train.micro_batch_size, world.size)
+    check_batch_sizes(cfg.train.global_batch_size, cfg.train.micro_batch_size, grid.dp_size)
     known = family(str(folder.config.get("model_type")))
     if cfg.data.packing and not (known and known.packs):
         raise ConfigError(
@@ -52,15 +53,15 @@ def read_data(cfg: RunConfig, folder: ModelFolder, world: World) -> Data:
         blocks,
         train.global_batch_size,
         train.micro_batch_size,
-        world.rank,
-        world.size,
+        grid.dp_rank,
+        grid.dp_size,
         cfg.seed,
         train.epochs,
         train.max_steps,
     )
     batches = []
     if validation is not None:
-        batches = eval_batches(validation, train.micro_batch_size, world.rank, world.size, cfg.eval.max_blocks)
+        batches = eval_batches(validation, train.micro_batch_size, grid.dp_rank, grid.dp_size, cfg.eval.max_blocks)
     return Data(plan, blocks, batches, blocks.documents.notes())
 
 
@@ -82,17 +83,19 @@ def blocks_of_run(cfg: RunConfig, folder: ModelFolder) -> tuple[Blocks, Blocks |
     return blocks_of(rows), blocks_of(held_out) if held_out is not None else None
 
 
-def say_data(cfg: RunConfig, data: Data, world: World, screen: Console) -> None:
+def say_data(cfg: RunConfig, data: Data, grid: Grid, screen: Console) -> None:
     """Two lines: what there is, and how it is walked through."""
     stats = data.blocks.stats()
     screen.line(
         f"data     {stats['rows']:,} rows -> {len(data.blocks):,} blocks of {cfg.data.seq_len} tokens "
         f"({data.blocks.efficiency:.1%} full, {stats['target_tokens']:,} tokens trained)"
     )
-    accumulation = cost.accumulation_steps(cfg, world.size)
+    accumulation = cost.accumulation_steps(cfg, grid.world.size)
+    ranks = f"{grid.dp_size} rank{'s' * (grid.dp_size > 1)}"
+    if grid.tp_size > 1:
+        ranks = f"{grid.dp_size} x {grid.tp_size} (data x tensor parallel) ranks"
     screen.line(
-        f"steps    {data.plan.total_steps:,} of {cfg.train.global_batch_size} blocks: {world.size} "
-        f"rank{'s' * (world.size > 1)} x "
+        f"steps    {data.plan.total_steps:,} of {cfg.train.global_batch_size} blocks: {ranks} x "
         f"{cfg.train.micro_batch_size} a pass x {accumulation} accumulated; ZeRO-{cfg.parallel.zero_stage}, "
-        f"{cfg.precision}, {world.device.type}"
+        f"{cfg.precision}, {grid.world.device.type}"
     )

@@ -6,7 +6,7 @@ per-batch means would weigh a token by the company it keeps.
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.adapters.dropout import DropoutContext
-from lora_scale.parallel import zero3
+from lora_scale.parallel import gradients, masters, tensor_parallel, vocabulary, zero3
 from lora_scale.parallel.clock import PhaseClock
-from lora_scale.parallel.world import World
+from lora_scale.parallel.grid import Grid, Mpu
+from lora_scale.parallel.vocabulary import IGNORED
 from lora_scale.spec import cost
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.splits import Part, Split
 from lora_scale.storage.packing import Batch
 from lora_scale.storage.steps import Step
-
-IGNORED = -100  # a label that carries no loss, as in torch and transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def ds_config(
     return {
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": cfg.train.max_grad_norm if stage or bf16_masters else 0.0,
+        "gradient_clipping": 0.0 if clips_itself(cfg) else cfg.train.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bf16_masters},
@@ -84,6 +84,12 @@ def ds_config(
         "communication_data_type": "fp32",
         "steps_per_print": 10**9,
     }
+
+
+def clips_itself(cfg: RunConfig) -> bool:
+    """Whether `parallel.gradients` finishes the gradients. DeepSpeed knows no tensor that is whole on each rank while
+    its gradient is not, and at stage 0 it does not tell the norm; full fine-tuning beyond that stage is all its own."""
+    return cfg.method == "lora" or (cfg.parallel.zero_stage == 0)
 
 
 def optimizer_for(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:
@@ -101,9 +107,17 @@ class Engine:
     """A DeepSpeed engine and what this run needs of it."""
 
     def __init__(
-        self, model: nn.Module, cfg: RunConfig, world: World, config: dict[str, Any], dropout: DropoutContext | None
+        self,
+        model: nn.Module,
+        cfg: RunConfig,
+        grid: Grid,
+        config: dict[str, Any],
+        dropout: DropoutContext | None,
+        splits: Mapping[str, Split],
     ):
-        self.cfg, self.world, self.dropout = cfg, world, dropout
+        self.cfg, self.grid, self.world, self.dropout = cfg, grid, grid.world, dropout
+        self._splits = tensor_parallel.factor_splits(model, splits)
+        self._shared = tensor_parallel.shared_elements(model, splits, grid)
         deepspeed = importlib.import_module("deepspeed")
         with _no_base_broadcast():
             self.ds, *_ = deepspeed.initialize(
@@ -112,10 +126,16 @@ class Engine:
                 optimizer=optimizer_for(model, cfg),
                 config=config,
                 dist_init_required=False,
+                mpu=Mpu(grid) if grid.tp_size > 1 else None,
             )
+        self._vocabulary = Part(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.clock = PhaseClock(world.device)
-        self.clips_itself = not config["gradient_clipping"]
+        self._parts = self.parts() if clips_itself(cfg) else []
+        self.clock = PhaseClock(self.world.device)
+
+    def parts(self) -> list[masters.Part]:
+        """This rank's run of every trainable tensor."""
+        return masters.parts(self.ds, self.grid, self._splits)
 
     @property
     def module(self) -> nn.Module:
@@ -128,25 +148,29 @@ class Engine:
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(_mix(self.cfg.seed, number, self.world.rank))  # the base's own dropout, when it is not 0
-        norm: float | None = None
+        torch.manual_seed(_mix(self.cfg.seed, number, self.grid.dp_rank))  # the base's own dropout, when it is not 0
+        norm: Tensor | None = None
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # loss, asked to stop
         for batch in step.micro_batches:
             with self.clock.phase("forward"):
                 loss = self._loss_sum(batch, number)
                 total[0] += loss.detach()
             with self.clock.phase("backward"):  # DeepSpeed averages gradients over ranks: give back the sum
-                self.ds.backward(loss * (self.world.size / max(1, step.target_tokens)), scale_wrt_gas=False)
+                self.ds.backward(loss * (self.grid.dp_size / max(1, step.target_tokens)), scale_wrt_gas=False)
             with self.clock.phase("step"):
-                norm = self._clip()
+                if self._parts and self.ds.is_gradient_accumulation_boundary():
+                    limit = self.cfg.train.max_grad_norm
+                    norm = gradients.finish(self.ds, self._parts, self._shared, self.grid, limit)
                 self.ds.step()  # counts micro-batches; the optimizer steps at the last one
         if norm is None:
-            norm = float(self.ds.get_global_grad_norm())
+            norm = torch.as_tensor(self.ds.get_global_grad_norm(), device=self.world.device)
         total[1] = float(stop())
         own = total[:1].clone()
         dist.all_reduce(total)
-        summed, asked, own_loss = torch.cat([total, own]).tolist()  # waits for the device: now the clock may be read
-        return StepResult(summed / max(1, step.target_tokens), norm, self.clock.seconds(), asked > 0, own_loss)
+        found = torch.cat([total, own, norm.double().view(1)])
+        summed, asked, own_loss, grad_norm = found.tolist()  # waits for the device: now the clock may be read
+        mean = summed / self.grid.tp_size / max(1, step.target_tokens)  # a tensor-parallel group has one loss
+        return StepResult(mean, grad_norm, self.clock.seconds(), asked > 0, own_loss)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the target tokens of all ranks' batches. Every rank gives equally many."""
@@ -172,17 +196,11 @@ class Engine:
         if kept is not None and self._can_leave_out:
             kept_here = _to(kept, self.world.device)
             options, labels = {"logits_to_keep": kept_here}, labels[:, kept_here]
-        logits = self.ds(input_ids=ids, position_ids=positions, use_cache=False, **options).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-
-    def _clip(self) -> float | None:
-        """Stage 0 in fp32: DeepSpeed clips but does not tell the norm, so it is done here, on the averaged
-        gradients."""
-        if not self.clips_itself or self.cfg.parallel.zero_stage or not self.ds.is_gradient_accumulation_boundary():
-            return None
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        limit = self.cfg.train.max_grad_norm or float("inf")
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
+        logits = self.ds(input_ids=ids, position_ids=positions, use_cache=False, **options).logits.flatten(0, 1)
+        if self.grid.tp_size > 1:
+            first, _ = self._vocabulary.span(self.grid.tp_rank, self.grid.tp_size)
+            return vocabulary.cross_entropy(logits, labels.flatten(), first, self.grid.tp_group)
+        return F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @contextmanager

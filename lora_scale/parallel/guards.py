@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora_scale.parallel import masters
-from lora_scale.parallel.engine import StepResult
+from lora_scale.parallel.engine import Engine, StepResult
 from lora_scale.spec.errors import TrainingError
 
 MAX_NAMED = 4  # ranks in one message
@@ -24,9 +24,9 @@ class LearningGuard:
     that fp32 rounds such a learning rate away. Experts may see no token in a step: they are listed, not refused.
     """
 
-    def __init__(self, ds: Any):
-        self._ds = ds
-        self._parts = masters.parts(ds)
+    def __init__(self, engine: Engine):
+        self._ds = engine.ds
+        self._parts = engine.parts()
         self._before: dict[str, Tensor] | None = {}
         watched = 0
         for p in self._parts:

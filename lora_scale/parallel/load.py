@@ -1,33 +1,32 @@
 """The base model: built empty, then filled. Every rank reads the bytes it keeps, straight to where they stay.
 
 No rank-0 load, no broadcast, no all-gather, no whole tensor in host memory, no mmap. Where the bytes lie is
-`spec.layout`'s knowledge and what is in the folder `storage.folder`'s; this module joins them with the model and the
-device.
+`spec.layout`'s knowledge, what is in the folder `storage.folder`'s, and how they are fetched `parallel.reading`'s; this
+module joins them with the model and the device.
 """
 
 import importlib
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_scale.adapters.lora import file_name
+from lora_scale.parallel import reading
+from lora_scale.parallel.grid import Grid
+from lora_scale.parallel.reading import Wanted
 from lora_scale.parallel.zero3 import Partitioner
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError, ModelError
-from lora_scale.spec.layout import ByteRange, Placement, TensorEntry, byte_ranges
+from lora_scale.spec.layout import Placement, TensorEntry
+from lora_scale.spec.splits import Split
 from lora_scale.storage.folder import ModelFolder, sources, unused
-from lora_scale.storage.weights import Reader
 
-CHUNK = 8 << 20  # bytes a read; 12 threads x 2 pinned buffers x 8 MiB stay under 256 MiB of host memory
-THREADS_GPU, THREADS_CPU = 12, 2  # one thread fills a GPU at 3.7 GB/s, twelve at 22 (docs/log.md)
 ALIGNMENT = 512  # bytes; what the CUDA allocator and NCCL like a tensor to start at
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def dtype_of(cfg: RunConfig) -> torch.dtype:
@@ -106,14 +105,6 @@ def rebuild_buffers(model: nn.Module) -> None:
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes of one tensor of the files and the run of elements (flat, on the device where it stays) that they fill."""
-
-    range: ByteRange
-    target: Tensor
-
-
 @dataclass(slots=True)
 class Loaded:
     """What loading took, on this rank."""
@@ -133,53 +124,74 @@ def fill(
     folder: ModelFolder,
     device: torch.device,
     partitioner: Partitioner | None,
+    splits: Mapping[str, Split],
+    grid: Grid,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Loaded:
     """Give every meta parameter of the model its memory on `device` and its values from the folder.
 
-    With a partitioner each becomes a ZeRO-3 parameter and only this rank's partition is read; without, the whole
-    tensor. Parameters that are not on the meta device (adapters) are left alone. Tied parameters stay one.
-    `progress(done, total)` is called with bytes of this rank.
+    A parameter that `splits` names becomes this rank's tensor-parallel shard. With a partitioner each becomes a ZeRO-3
+    parameter and only this rank's partition is read. Parameters that are not on the meta device (adapters) are left
+    alone. Tied parameters stay one. `progress(done, total)` is called with bytes of this rank.
     """
     start = time.perf_counter()
-    placement = Placement(zero_rank=partitioner.rank, zero_size=partitioner.size) if partitioner else Placement()
-    homes = _homes(model)
-    entries = {name: _sources(model, folder, name, parameter) for name, parameter, _ in homes}
+    homes = _homes(model, splits, grid, partitioner)
+    entries = {home.name: _sources(model, folder, home) for home in homes}
     storage = _allocate(homes, partitioner, device)
-    pieces: list[Piece] = []
-    for name, parameter, owners in homes:
-        flat = storage[name]
-        pieces.extend(_pieces(entries[name], placement, flat))
-        adopted = partitioner.adopt(parameter, flat) if partitioner else _whole(parameter, flat)
-        for module, key in owners:
+    for home in homes:
+        flat = storage[home.name]
+        adopted = _adopted(home, flat, partitioner)
+        for module, key in home.owners:
             module._parameters[key] = adopted
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
-    nbytes = _read(pieces, device, progress)
+    wanted = [Wanted(entries[home.name], home.place, storage[home.name]) for home in homes]
+    nbytes = reading.read(wanted, device, grid, progress)
     left = unused(folder, (entry for found in entries.values() for entry in found), _tied(model))
     return Loaded(nbytes, time.perf_counter() - start, storage, tuple(left))
 
 
-Home = tuple[str, nn.Parameter, list[tuple[nn.Module, str]]]
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A parameter on the meta device, whole; where this rank's part of it goes."""
+
+    name: str
+    parameter: nn.Parameter
+    place: Placement
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)  # several for a tied parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of this rank's tensor-parallel shard."""
+        return self.place.shape(tuple(self.parameter.shape))
 
 
-def _homes(model: nn.Module) -> list[Home]:
-    """(name, parameter, every module and key that holds it), for parameters on the meta device; a tied one comes
-    once."""
+def _homes(model: nn.Module, splits: Mapping[str, Split], grid: Grid, partitioner: Partitioner | None) -> list[Home]:
+    """Every parameter on the meta device; a tied one comes once."""
     found: dict[int, Home] = {}
+    zero = (partitioner.rank, partitioner.size) if partitioner else (0, 1)
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 name = f"{prefix}.{key}" if prefix else key
-                found.setdefault(id(parameter), (name, parameter, []))[2].append((module, key))
+                place = Placement(splits.get(file_name(name)), grid.tp_rank, grid.tp_size, *zero)
+                found.setdefault(id(parameter), Home(name, parameter, place)).owners.append((module, key))
     return list(found.values())
 
 
-def _sources(model: nn.Module, folder: ModelFolder, name: str, parameter: nn.Parameter) -> list[TensorEntry]:
+def _adopted(home: Home, flat: Tensor, partitioner: Partitioner | None) -> nn.Parameter:
+    """The parameter as the model keeps it."""
+    trains = home.parameter.requires_grad
+    if partitioner:
+        return partitioner.adopt(home.shape, flat, trains)
+    return nn.Parameter(flat.view(home.shape), requires_grad=trains)
+
+
+def _sources(model: nn.Module, folder: ModelFolder, home: Home) -> list[TensorEntry]:
     prefix = getattr(model, "base_model_prefix", "")
-    return sources(folder, file_name(name), tuple(parameter.shape), prefix, _tied(model))
+    return sources(folder, file_name(home.name), tuple(home.parameter.shape), prefix, _tied(model))
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -192,9 +204,11 @@ def _allocate(homes: list[Home], partitioner: Partitioner | None, device: torch.
     Frozen parameters share one allocation, so that the allocator wastes nothing between them. Trainable ones have
     their own: DeepSpeed moves them into buffers of its own and frees these.
     """
-    sizes = {name: partitioner.partition_numel(p.numel()) if partitioner else p.numel() for name, p, _ in homes}
+    sizes = {home.name: prod(home.shape) for home in homes}
+    if partitioner:
+        sizes = {name: partitioner.partition_numel(size) for name, size in sizes.items()}
     flat: dict[str, Tensor] = {}
-    frozen = [(name, p) for name, p, _ in homes if not p.requires_grad]
+    frozen = [(home.name, home.parameter) for home in homes if not home.parameter.requires_grad]
     for dtype in {p.dtype for _, p in frozen}:
         step = ALIGNMENT // dtype.itemsize
         offsets, total = {}, 0
@@ -204,94 +218,7 @@ def _allocate(homes: list[Home], partitioner: Partitioner | None, device: torch.
                 total += -(-sizes[name] // step) * step
         whole = torch.empty(total, dtype=dtype, device=device)
         flat.update({name: whole.narrow(0, offset, sizes[name]) for name, offset in offsets.items()})
-    flat.update({n: torch.empty(sizes[n], dtype=p.dtype, device=device) for n, p, _ in homes if p.requires_grad})
+    for home in homes:
+        if home.parameter.requires_grad:
+            flat[home.name] = torch.empty(sizes[home.name], dtype=home.parameter.dtype, device=device)
     return flat
-
-
-def _whole(parameter: nn.Parameter, flat: Tensor) -> nn.Parameter:
-    return nn.Parameter(flat.view(parameter.shape), requires_grad=parameter.requires_grad)
-
-
-def _pieces(entries: list[TensorEntry], placement: Placement, flat: Tensor) -> Iterator[Piece]:
-    done = 0
-    for run in byte_ranges(entries, placement):
-        size = DTYPES[run.dtype].itemsize
-        for offset in range(0, run.length, CHUNK):
-            length = min(CHUNK, run.length - offset)
-            piece = ByteRange(run.file, run.offset + offset, length, run.dtype)
-            yield Piece(piece, flat.narrow(0, done, length // size))
-            done += length // size
-    flat.narrow(0, done, flat.numel() - done).zero_()
-
-
-def _read(pieces: list[Piece], device: torch.device, progress: Callable[[int, int], None]) -> int:
-    """Fill every piece with a few threads. The first error ends the others and is raised here."""
-    total, done, lock, failed = sum(p.range.length for p in pieces), 0, threading.Lock(), threading.Event()
-    threads = THREADS_GPU if device.type == "cuda" else THREADS_CPU
-    queue = iter(pieces)
-
-    def work() -> None:
-        nonlocal done
-        landing = _Landing(device)
-        try:
-            while not failed.is_set():
-                with lock:
-                    piece = next(queue, None)
-                if piece is None:
-                    break
-                landing.take(reader, piece)
-                with lock:
-                    done += piece.range.length
-                    progress(done, total)
-        except BaseException:
-            failed.set()
-            raise
-        finally:
-            landing.finish()
-
-    with Reader() as reader, ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(work) for _ in range(threads)]:
-            future.result()
-    return total
-
-
-class _Landing:
-    """Where one thread's reads arrive: the tensor itself on a CPU of equal dtype, else two buffers used in turn."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.buffers: list[Tensor] = []
-        self.events: list[Any] = []
-        self.turn = 0
-
-    def take(self, reader: Reader, piece: Piece) -> None:
-        dtype, target = DTYPES[piece.range.dtype], piece.target
-        if self.stream is None and dtype == target.dtype:
-            reader.read_into(piece.range, memoryview(target.view(torch.uint8).numpy()))
-            return
-        buffer = self._next_buffer()[: piece.range.length]
-        reader.read_into(piece.range, memoryview(buffer.numpy()))
-        if self.stream is None:
-            target.copy_(buffer.view(dtype))
-            return
-        with torch.cuda.stream(self.stream):
-            target.copy_(buffer.view(dtype).to(self.device, non_blocking=True))
-            self.events[self.turn].record(self.stream)
-
-    def _next_buffer(self) -> Tensor:
-        """The buffer used the time before last, once its copy is over."""
-        if len(self.buffers) < 2:
-            self.buffers.append(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.stream is not None))
-            if self.stream is not None:
-                self.events.append(torch.cuda.Event())
-            self.turn = len(self.buffers) - 1
-            return self.buffers[-1]
-        self.turn = 1 - self.turn
-        if self.stream is not None:
-            self.events[self.turn].synchronize()
-        return self.buffers[self.turn]
-
-    def finish(self) -> None:
-        if self.stream is not None:
-            self.stream.synchronize()

@@ -6,7 +6,7 @@ gathering and restoring need nothing else.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_scale.parallel import zero3
+from lora_scale.parallel.grid import Grid
+from lora_scale.parallel.tensor_parallel import cut, join
+from lora_scale.spec.splits import Split
 
 VALUE, MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 _BATCH = 64 << 20  # bytes gathered in one collective, so that full fine-tuning does not hold the model in host memory
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """How a tensor is cut over tensor-parallel ranks, and which of them this one is."""
+
+    split: Split | None  # None: whole on every rank
+    rank: int
+    ranks: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole if self.split is None else cut(whole, self.split, self.rank, self.ranks)
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the whole tensor, from the shard's."""
+        if self.split is None:
+            return shape
+        dim = self.split.dim % len(shape)
+        return (*shape[:dim], sum(part.size for part in self.split.parts), *shape[dim + 1 :])
+
+
+WHOLE = Shard(None, 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +50,31 @@ class Part:
 
     name: str
     parameter: nn.Parameter
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # of this rank's tensor-parallel shard; the whole tensor where it is not cut
     flat: Tensor | None  # the optimizer's own tensor; None where this rank owns nothing of it
     offset: int  # of the run in `flat`
-    start: int  # of the run in the flattened whole tensor
+    start: int  # of the run in the flattened shard
     numel: int
-    working: Tensor | None  # ZeRO-3: the same run of what the forward pass gathers
-    speaks: bool = (
-        True  # whether this rank sends the run when the tensor is gathered: at stage 0 every rank has all of it
-    )
+    group: int | None = None  # the optimizer's number of `flat`; None at stage 0, where it is the parameter
+    working: Tensor | None = None  # ZeRO-3: the same run of what the forward pass gathers
+    replicated: bool = False  # ZeRO-3: kept whole by every data-parallel rank, which DeepSpeed then does not reduce
+    shard: "Shard" = field(default_factory=lambda: WHOLE)
+    is_first: bool = True  # of the data-parallel ranks
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.shard.whole_shape(self.shape)
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether the data-parallel ranks own different runs of it."""
+        return self.group is not None and not self.replicated
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank sends its run when the tensor is gathered: of equal ones, one does."""
+        return (self.partitioned or self.is_first) and (self.shard.split is not None or self.shard.rank == 0)
 
     def view(self, optimizer: torch.optim.Optimizer, what: str) -> Tensor:
         """The run itself: shape (numel,), fp32, writable."""
@@ -43,10 +84,15 @@ class Part:
         return source.view(-1).narrow(0, self.offset, self.numel)
 
 
-def parts(ds: Any) -> list[Part]:
-    """This rank's run of every trainable tensor, in the model's order; the same names on every rank."""
+def parts(ds: Any, grid: Grid, splits: Mapping[str, Split]) -> list[Part]:
+    """This rank's run of every trainable tensor, in the model's order; the same names on every rank. `splits` says
+    which are cut over tensor-parallel ranks, and how."""
     named = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
-    return [_part(ds, name, p) for name, p in named]
+    found = []
+    for name, p in named:
+        shard = Shard(splits.get(name), grid.tp_rank, grid.tp_size)
+        found.append(replace(_part(ds, name, p), shard=shard, is_first=grid.dp_rank == 0))
+    return found
 
 
 def torch_optimizer(ds: Any) -> torch.optim.Optimizer:
@@ -63,10 +109,12 @@ def _part(ds: Any, name: str, p: nn.Parameter) -> Part:
         start = min(numel * p.ds_zero_partition_rank, total)  # type: ignore[attr-defined]
         owned = min(numel, total - start)  # the last partitions end in padding
         flat = ds.optimizer.fp32_partitioned_groups_flat[group]
-        return Part(name, p, shape, flat, int(offset), start, owned, p.ds_tensor.view(-1)[:owned])  # type: ignore[attr-defined]
+        working = p.ds_tensor.view(-1)[:owned]  # type: ignore[attr-defined]
+        replicated = zero3.group_size(p) == 1
+        return Part(name, p, shape, flat, int(offset), start, owned, group, working, replicated)
     if hasattr(p, "_hp_mapping"):  # stages 1 and 2
         if p._hp_mapping is None:
-            return Part(name, p, shape, None, 0, 0, 0, None)
+            return Part(name, p, shape, None, 0, 0, 0, 0)
         here = p._hp_mapping
         optimizer = ds.optimizer
         flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
@@ -79,9 +127,9 @@ def _part(ds: Any, name: str, p: nn.Parameter) -> Part:
             here.hp_fragment_address.start,
             address.start,
             address.numel,
-            None,
+            here.param_group_index,
         )
-    return Part(name, p, shape, p, 0, 0, total, None, speaks=dist.get_rank() == 0)
+    return Part(name, p, shape, p, 0, 0, total)
 
 
 def _state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
@@ -101,10 +149,12 @@ def gather(ds: Any, found: list[Part], what: str) -> Iterator[tuple[str, Tensor 
     """
     optimizer = torch_optimizer(ds)
     for batch in _batches(found):
-        mine = torch.tensor([[p.start, p.numel if p.speaks else 0] for p in batch], device=found[0].parameter.device)
+        mine = torch.tensor(
+            [[p.start, p.numel if p.speaks else 0, p.shard.rank] for p in batch], device=found[0].parameter.device
+        )
         places = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(places, mine)
-        spans = torch.stack(places).cpu()  # (ranks, tensors, 2)
+        spans = torch.stack(places).cpu()  # (ranks, tensors, 3)
         owned = torch.cat([p.view(optimizer, what).float() for p in batch if p.speaks] or [mine.new_empty(0).float()])
         flats = _to_rank_zero(owned, spans[:, :, 1].sum(1).tolist())
         if flats is None:
@@ -112,12 +162,19 @@ def gather(ds: Any, found: list[Part], what: str) -> Iterator[tuple[str, Tensor 
             continue
         cursor = [0] * len(flats)
         for i, p in enumerate(batch):
-            whole = torch.empty(_numel(p.shape), dtype=torch.float32)
+            whole = p.whole_shape
+            shapes = [
+                (whole if (split := p.shard.split) is None else split.shape(whole, t, p.shard.ranks))
+                for t in range(1 if p.shard.split is None else p.shard.ranks)
+            ]
+            shards = [torch.empty(_numel(shape), dtype=torch.float32) for shape in shapes]
             for rank, flat in enumerate(flats):
-                start, numel = spans[rank, i].tolist()
-                whole[start : start + numel] = flat[cursor[rank] : cursor[rank] + numel]
+                start, numel, shard = spans[rank, i].tolist()
+                if numel:
+                    shards[shard][start : start + numel] = flat[cursor[rank] : cursor[rank] + numel]
                 cursor[rank] += numel
-            yield p.name, whole.view(p.shape)
+            shaped = [shard.view(shape) for shard, shape in zip(shards, shapes, strict=True)]
+            yield p.name, shaped[0] if p.shard.split is None else join(shaped, p.shard.split, whole)
 
 
 def _to_rank_zero(owned: Tensor, numels: list[int]) -> list[Tensor] | None:
@@ -135,17 +192,17 @@ def _to_rank_zero(owned: Tensor, numels: list[int]) -> list[Tensor] | None:
     return flats
 
 
-def restore(ds: Any, values: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+def restore(ds: Any, found: list[Part], values: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
     """Put whole fp32 tensors back: `values[what][name]`, what being value, exp_avg, exp_avg_sq. No collective.
 
     `step` is the number of optimizer steps the moments have seen (Adam's bias correction).
     """
     optimizer = torch_optimizer(ds)
-    for p in parts(ds):
+    for p in found:
         if not hasattr(p.parameter, "ds_id"):  # stages 0-2: what the forward pass reads is whole on every rank
-            p.parameter.data.copy_(values[VALUE][p.name].view(p.shape))
+            p.parameter.data.copy_(p.shard.of(values[VALUE][p.name]))
         for what in (VALUE, *MOMENTS):
-            piece = values[what][p.name].reshape(-1)[p.start : p.start + p.numel]
+            piece = p.shard.of(values[what][p.name]).reshape(-1)[p.start : p.start + p.numel]
             p.view(optimizer, what).copy_(piece)
             if what == VALUE and p.working is not None:
                 p.working.copy_(piece)
@@ -157,7 +214,7 @@ def _batches(found: list[Part]) -> Iterator[list[Part]]:
     batch: list[Part] = []
     size = 0
     for p in found:
-        nbytes = 4 * _numel(p.shape)
+        nbytes = 4 * _numel(p.whole_shape)
         if batch and size + nbytes > _BATCH:
             yield batch
             batch, size = [], 0

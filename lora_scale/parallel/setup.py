@@ -13,17 +13,20 @@ from torch import nn
 from lora_scale.adapters import peft
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
-from lora_scale.adapters.lora import LoRALinear, adapt
+from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.targets import fused_notes
-from lora_scale.parallel import load, recompute, zero3
+from lora_scale.parallel import load, recompute, tensor_parallel, zero3
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import Engine, ds_config
+from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
-from lora_scale.spec import configfile, cost, shapes
+from lora_scale.spec import configfile, cost, shapes, splits
 from lora_scale.spec import hardware as gpus
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ModelError
+from lora_scale.spec.families import family
+from lora_scale.spec.splits import Split
 from lora_scale.storage import hub, provenance
 from lora_scale.storage.console import Console, bar, size
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
@@ -126,11 +129,13 @@ def start_engine(
     folder: ModelFolder,
     identity: str,
     data: Data,
-    world: World,
+    grid: Grid,
     screen: Console,
 ) -> Job:
     """Fill the model, every rank its own bytes, and hand it to DeepSpeed."""
+    world = grid.world
     parameters = count(model)
+    cuts = on_every_rank(lambda: cut(cfg, model, folder, grid))
     recompute.apply(model, cfg.recompute)
     if cfg.method == "lora":  # a layer that DeepSpeed gathers as one needs an input with a gradient
         model.enable_input_require_grads()  # type: ignore[operator]
@@ -142,9 +147,15 @@ def start_engine(
         parameters.trainable,
         sorted({type(layer).__name__ for layer in layers}),
     )
-    partitioner = zero3.Partitioner(config, load.dtype_of(cfg)) if cfg.parallel.zero_stage == 3 else None
+    partitioner = None
+    if cfg.parallel.zero_stage == 3:
+        partitioner = zero3.Partitioner(config, load.dtype_of(cfg), grid.base_group)
     show = _load_bar(screen)
-    loaded = on_every_rank(lambda: load.fill(model, folder, world.device, partitioner, show))
+    loaded = on_every_rank(lambda: load.fill(model, folder, world.device, partitioner, cuts, grid, show))
+    if partitioner and keeps_adapters_whole(cfg, parameters.trainable):
+        for p in model.parameters():
+            if p.requires_grad:
+                zero3.keep_whole(p, grid.own_group)
     model.to(world.device)  # the adapters; what was filled is there already
     screen.line(
         f"loaded   {size(loaded.nbytes)} a rank in {loaded.seconds:.1f} s ({loaded.gb_per_second:.2f} GB/s); "
@@ -155,9 +166,28 @@ def start_engine(
         screen.line(
             f"note     {len(loaded.unused)} tensors of the base are not used by this model, first {loaded.unused[0]}"
         )
-    engine = Engine(model, cfg, world, config, dropout)
+    engine = Engine(model, cfg, grid, config, dropout, cuts)
     work = work_of(cfg, folder, parameters, data, world)
     return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work)
+
+
+def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> dict[str, Split]:
+    """Make the model this rank's tensor-parallel part of itself; how its base is to be cut while it is read."""
+    if grid.tp_size == 1:
+        return {}
+    found = splits.splits(shapes.architecture(folder.config), folder.config, grid.tp_size)
+    row = family(str(folder.config["model_type"]))
+    assert row is not None, "splits() refuses such a model"
+    tensor_parallel.apply(model, row, found, grid)
+    return found
+
+
+def keeps_adapters_whole(cfg: RunConfig, trainable: int) -> bool:
+    """Whether ZeRO-3 leaves the adapter whole on every rank. Its values, gradient, second fp32 copy and two moments
+    cost 20 bytes a parameter there."""
+    if cfg.method == "full" or cfg.parallel.adapter_sharding == "zero":
+        return False
+    return cfg.parallel.adapter_sharding == "replicate" or 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
 
 
 def count(model: nn.Module) -> Parameters:
@@ -191,11 +221,6 @@ def _load_bar(screen: Console) -> Callable[[int, int], None]:
         screen.live(lambda: f"loading  {bar(done, total)} {size(done)} of {size(total)} a rank, {size(rate)}/s")
 
     return show
-
-
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers by module name, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def hardware(world: World) -> dict[str, Any]:

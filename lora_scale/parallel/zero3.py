@@ -6,6 +6,7 @@ its own.
 """
 
 import importlib
+from math import prod
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 class Partitioner:
     """Turns meta parameters into ZeRO-3 parameters whose partition this rank has allocated and will fill."""
 
-    def __init__(self, ds_config: dict[str, Any], dtype: torch.dtype):
+    def __init__(self, ds_config: dict[str, Any], dtype: torch.dtype, group: Any):
         module = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
         swapper = importlib.import_module("deepspeed.runtime.swap_tensor.partitioned_param_swapper")
         self._free_param = module.free_param
         self._available = swapper.PartitionedParamStatus.AVAILABLE
-        self._init = module.Init(config_dict_or_path=ds_config, dtype=dtype)  # not entered: used as a converter only
+        # not entered: used as a converter only
+        self._init = module.Init(config_dict_or_path=ds_config, dtype=dtype, data_parallel_group=group)
 
     @property
     def rank(self) -> int:
@@ -34,12 +36,12 @@ class Partitioner:
         """Elements a rank keeps of a tensor of `numel`: the last partitions are padded."""
         return -(-numel // self.size)
 
-    def adopt(self, parameter: nn.Parameter, partition: Tensor) -> nn.Parameter:
-        """A ZeRO-3 parameter of the same shape whose partition on this rank is `partition` (flat, to be filled)."""
-        assert partition.numel() == self.partition_numel(parameter.numel())
+    def adopt(self, shape: tuple[int, ...], partition: Tensor, requires_grad: bool) -> nn.Parameter:
+        """A ZeRO-3 parameter of that shape whose partition on this rank is `partition` (flat, to be filled)."""
+        assert partition.numel() == self.partition_numel(prod(shape))
         # a stand-in of the right shape that holds one element: DeepSpeed records shape and size from it
-        stand_in = torch.empty(1, dtype=partition.dtype, device=self._init.local_device).expand(tuple(parameter.shape))
-        adopted = nn.Parameter(stand_in, requires_grad=parameter.requires_grad)
+        stand_in = torch.empty(1, dtype=partition.dtype, device=self._init.local_device).expand(shape)
+        adopted = nn.Parameter(stand_in, requires_grad=requires_grad)
         self._init._convert_to_deepspeed_param(adopted)
         assert self._init._aligned_size(adopted) == partition.numel() * self.size
         partition.requires_grad_(False)
@@ -50,6 +52,17 @@ class Partitioner:
         adopted.ds_numel_aligned = partition.numel() * self.size  # type: ignore[attr-defined]
         self._free_param(adopted)
         return adopted
+
+
+def keep_whole(parameter: nn.Parameter, own_group: Any) -> None:
+    """Have DeepSpeed leave this parameter whole on every rank: partitioned over the rank alone, never gathered and
+    never reduced. To be called before DeepSpeed converts it."""
+    parameter.ds_zero_partition_process_group = own_group  # type: ignore[attr-defined]
+
+
+def group_size(parameter: nn.Parameter) -> int:
+    """How many ranks share the partitions of a ZeRO-3 parameter."""
+    return parameter.ds_zero_partition_world_size  # type: ignore[attr-defined]
 
 
 def numel(parameter: nn.Parameter) -> int:

@@ -55,6 +55,7 @@ class Architecture:
     layers: int
     hidden: int
     heads: int
+    kv_heads: int
     head_dim: int
     vocabulary: int
     experts: int = 0  # a layer

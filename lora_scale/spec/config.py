@@ -133,6 +133,15 @@ class ParallelConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage. 3 partitions the base over the ranks; 0, 1 and 2 keep one whole copy a rank."""
+    tensor_parallel_size: Positive = 1
+    """Ranks that compute one layer together, each with its part of the weights (adjacent ranks: keep them on one node).
+    The others are data-parallel; ZeRO partitions over those."""
+    base_sharding: Literal["world", "node"] = "world"
+    """Over which ranks ZeRO-3 partitions the frozen base: all, or those of one node (elsewhere: hpZ, FSDP's hybrid
+    sharding). With `node` every node holds one copy and only adapter gradients cross nodes."""
+    adapter_sharding: Literal["auto", "replicate", "zero"] = "auto"
+    """Whether ZeRO-3 keeps the adapter whole on every rank, which is faster, or partitions it. `auto` replicates one
+    that costs a rank less than 1 GiB."""
     timeout_minutes: PositiveFloat = 30.0
     """How long a rank waits for the others in one collective before the job fails."""
 
@@ -165,6 +174,22 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        parallel = self.parallel
+        if parallel.tensor_parallel_size > 1 and self.method == "full":
+            raise ValueError(
+                f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and method is full; full "
+                "fine-tuning is sharded by ZeRO alone: set parallel.tensor_parallel_size=1"
+            )
+        if parallel.tensor_parallel_size > 1 and self.model.dropout:
+            raise ValueError(
+                f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and model.dropout is "
+                f"{self.model.dropout}: the ranks would draw different masks; set model.dropout=0"
+            )
+        if parallel.base_sharding == "node" and (self.method == "full" or parallel.zero_stage != 3):
+            raise ValueError(
+                "parallel.base_sharding is node, which is for a frozen base under ZeRO-3 (method=lora, "
+                "parallel.zero_stage=3)"
+            )
         if self.train.epochs is None and self.train.max_steps is None:
             raise ValueError("train.epochs or train.max_steps must be given; for example train.epochs=1")
         if isinstance(self.data.validation, float) and not 0.0 < self.data.validation < 1.0:

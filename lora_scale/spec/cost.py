@@ -93,12 +93,13 @@ def numel(shapes: Iterable[Shape]) -> int:
 
 def accumulation_steps(cfg: RunConfig, ranks: int) -> int:
     """Micro-batches per optimizer step on each data-parallel rank; a global batch that does not divide is an error."""
-    per_pass = cfg.train.micro_batch_size * ranks
+    copies = ranks // cfg.parallel.tensor_parallel_size
+    per_pass = cfg.train.micro_batch_size * copies
     if cfg.train.global_batch_size % per_pass:
         below = cfg.train.global_batch_size // per_pass * per_pass
         near = " or ".join(str(n) for n in (below, below + per_pass) if n)
         raise ConfigError(
-            f"train.global_batch_size is {cfg.train.global_batch_size}; with {ranks} ranks and "
+            f"train.global_batch_size is {cfg.train.global_batch_size}; with {copies} data-parallel ranks and "
             f"train.micro_batch_size = {cfg.train.micro_batch_size} it must be a multiple of {per_pass}, "
             f"for example {near}"
         )

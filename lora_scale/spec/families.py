@@ -5,6 +5,7 @@ Knows module names only: no sizes (`spec.shapes`), no torch. A new family is one
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 ROLES = ("q", "k", "v", "o", "mlp")
 ALL_LINEAR = "all-linear"
@@ -25,6 +26,9 @@ class Family:
     packs: bool  # position_ids that start again at 0 keep the documents of one block apart (mask and positions both)
     colwise: tuple[str, ...] = ()  # tensor parallel: split along output features
     rowwise: tuple[str, ...] = ()  # split along input features; the outputs are summed
+    fused: Literal["parts", "groups"] | None = None  # q, k, v in one matrix: side by side, or by groups of heads
+    halves: tuple[str, ...] = ()  # colwise matrices that are two, one after the other
+    divided: tuple[str, ...] = ()  # what their modules count: attributes (`config.` ones on a copy), of one rank's part
     grad_summed: tuple[str, ...] = ()  # whole on every tensor-parallel rank, but each rank sees a part of the gradient
     packed: dict[str, tuple[str, ...]] = field(
         default_factory=dict
@@ -62,6 +66,7 @@ _FUSED = Family(  # Falcon, BLOOM and GPT-NeoX agree on these names
     o=("self_attention.dense",),
     mlp=("dense_h_to_4h", "dense_4h_to_h"),
     packs=False,
+    fused="groups",
 )
 _HEAD_NORMS = ("q_norm", "k_norm")
 
@@ -72,14 +77,18 @@ FAMILIES = {
     "qwen3": replace(_LLAMA, grad_summed=_HEAD_NORMS),
     "gemma2": _LLAMA,
     "gemma3_text": replace(_LLAMA, grad_summed=_HEAD_NORMS),
-    # Not split: a slice of the fused matrices is no slice of q, k and v (transformers gathers their outputs instead).
-    "phi3": Family(
+    "phi3": Family(  # transformers' plan gathers the outputs of fused matrices; ours cuts q, k and v each
         q=("qkv_proj",),
         k=("qkv_proj",),
         v=("qkv_proj",),
         o=("o_proj",),
         mlp=("gate_up_proj", "down_proj"),
         packs=True,
+        colwise=("qkv_proj", "gate_up_proj"),
+        rowwise=("o_proj", "down_proj"),
+        fused="parts",
+        halves=("gate_up_proj",),
+        divided=("num_key_value_heads", "config.num_attention_heads"),
     ),
     "gpt2": Family(
         q=("attn.c_attn",),
@@ -88,9 +97,18 @@ FAMILIES = {
         o=("attn.c_proj",),
         mlp=("mlp.c_fc", "mlp.c_proj"),
         packs=True,
+        colwise=("attn.c_attn", "mlp.c_fc"),
+        rowwise=("attn.c_proj", "mlp.c_proj"),
+        fused="parts",
+        divided=("split_size",),
     ),
     # Falcon, OPT and BLOOM build their mask without position_ids (BLOOM has no positions at all): documents would mix.
-    "falcon": _FUSED,
+    "falcon": replace(
+        _FUSED,
+        colwise=("query_key_value", "dense_h_to_4h"),
+        rowwise=("self_attention.dense", "dense_4h_to_h"),
+        divided=("num_heads", "num_kv_heads"),
+    ),
     "bloom": _FUSED,
     "opt": replace(_LLAMA, o=("self_attn.out_proj",), mlp=("fc1", "fc2"), packs=False, colwise=(), rowwise=()),
     "gpt_neox": replace(

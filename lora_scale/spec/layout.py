@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from lora_scale.spec.splits import Split
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
@@ -37,11 +39,15 @@ class TensorEntry:
 class Placement:
     """The part of a parameter that one rank owns: a TP shard, then a ZeRO-3 partition of that shard."""
 
-    tp_dim: int | None = None  # 0 colwise, 1 rowwise, None whole on every TP rank
+    split: Split | None = None  # None: whole on every TP rank
     tp_rank: int = 0
     tp_size: int = 1
     zero_rank: int = 0
     zero_size: int = 1
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of this rank's TP shard of a tensor of that shape."""
+        return whole if self.split is None else self.split.shape(whole, self.tp_rank, self.tp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +66,18 @@ def byte_ranges(sources: Sequence[TensorEntry], place: Placement) -> Iterator[By
     A packed parameter has several sources, end to end, each split by TP for itself. Nothing is yielded for a rank whose
     partition is padding only.
     """
-    start, stop = zero_span(sum(prod(shard_shape(source, place)) for source in sources), place)
+    for source, start, stop in zero_spans(sources, place):
+        yield from ranges_in(source, place, start, stop)
+
+
+def zero_spans(sources: Sequence[TensorEntry], place: Placement) -> Iterator[tuple[TensorEntry, int, int]]:
+    """The elements [start, stop) that this rank owns of each source's flattened shard, where there are any."""
+    start, stop = zero_span(sum(prod(place.shape(source.shape)) for source in sources), place)
     for source in sources:
-        numel = prod(shard_shape(source, place))
-        yield from _ranges_in(source, place, max(start, 0), min(stop, numel))
+        numel = prod(place.shape(source.shape))
+        if max(start, 0) < min(stop, numel):
+            yield source, max(start, 0), min(stop, numel)
         start, stop = start - numel, stop - numel
-
-
-def shard_shape(source: TensorEntry, place: Placement) -> tuple[int, ...]:
-    """Shape of this rank's TP shard of `source`."""
-    if place.tp_dim is None:
-        return source.shape
-    size, remainder = divmod(source.shape[place.tp_dim], place.tp_size)
-    assert not remainder, f"{source.name}: dim {place.tp_dim} of {source.shape} is not divisible by {place.tp_size}"
-    return (*source.shape[: place.tp_dim], size, *source.shape[place.tp_dim + 1 :])
 
 
 def zero_span(numel: int, place: Placement) -> tuple[int, int]:
@@ -86,16 +90,32 @@ def zero_span(numel: int, place: Placement) -> tuple[int, int]:
     return start, min(start + partition, numel)
 
 
-def _ranges_in(source: TensorEntry, place: Placement, start: int, stop: int) -> Iterator[ByteRange]:
+def runs(whole: tuple[int, ...], place: Placement) -> tuple[int, list[tuple[int, int]]]:
+    """How this rank's TP shard lies in the flattened tensor: (elements of a row, [start, stop) of each run in a row).
+
+    Every row is alike: the dims before the cut one count the rows, the cut dim and those after it make one row.
+    """
+    if place.split is None:
+        return prod(whole), [(0, prod(whole))]
+    dim = place.split.dim % len(whole)
+    inner = prod(whole[dim + 1 :])
+    spans = place.split.spans(whole[dim], place.tp_rank, place.tp_size)
+    return whole[dim] * inner, [(start * inner, stop * inner) for start, stop in spans]
+
+
+def ranges_in(source: TensorEntry, place: Placement, start: int, stop: int) -> Iterator[ByteRange]:
     """Elements [start, stop) of this rank's shard of `source`, as runs that are contiguous in the file."""
-    if place.tp_dim is None or place.tp_size == 1:
-        run, stride, first = source.numel, source.numel, 0
-    else:
-        run = prod(shard_shape(source, place)[place.tp_dim :])  # elements of the shard that lie together in the file
-        stride, first = run * place.tp_size, run * place.tp_rank
-    while start < stop:
-        row, column = divmod(start, run)
-        length = min(run - column, stop - start)
-        offset = source.offset + (row * stride + first + column) * source.itemsize
-        yield ByteRange(source.file, offset, length * source.itemsize, source.dtype)
-        start += length
+    row, spans = runs(source.shape, place)
+    if spans == [(0, row)]:  # all of each row: one run
+        row, spans = source.numel, [(0, source.numel)]
+    kept = sum(last - first for first, last in spans)
+    position = start // kept * kept if kept else stop
+    while position < stop:
+        for first, last in spans:
+            begin, end = max(start, position), min(stop, position + last - first)
+            if begin < end:
+                at = position // kept * row + first + begin - position
+                yield ByteRange(
+                    source.file, source.offset + at * source.itemsize, (end - begin) * source.itemsize, source.dtype
+                )
+            position += last - first

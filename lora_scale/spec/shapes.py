@@ -68,17 +68,20 @@ class _Llama:
 def _llama(config: Config, row: _Llama) -> Architecture:
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     head_dim = config.get("head_dim") or row.head_dim or divided(config, hidden, heads)
+    given = config.get("num_key_value_heads", row.kv_heads)
+    kv_heads = heads if given is None else size({"num_key_value_heads": given}, "num_key_value_heads")
     layers = size(config, "num_hidden_layers")
     experts = size(config, "num_experts", "num_local_experts") if row.experts else 0
     body: list[Parameter] = []
+    queries, keys = heads * head_dim, kv_heads * head_dim
     for i in range(layers):
         layer = f"model.layers.{i}"
-        body += _llama_attention(config, row, f"{layer}.self_attn", hidden, heads, head_dim)
+        body += _llama_attention(config, row, f"{layer}.self_attn", hidden, queries, keys, head_dim)
         body += _llama_mlp(config, row, f"{layer}.mlp", hidden, experts if _has_experts(config, row, i) else 0)
         for norm in row.norms:
             body += _norm(f"{layer}.{norm}", hidden)
     body += _norm("model.norm", hidden)
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "head_dim": head_dim}
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     if experts:
         default = 2 if row.experts == "mixtral" else 8
         sizes |= {"experts": experts, "experts_per_token": option(config, "num_experts_per_tok", default)}
@@ -86,11 +89,8 @@ def _llama(config: Config, row: _Llama) -> Architecture:
 
 
 def _llama_attention(
-    config: Config, row: _Llama, module: str, hidden: int, heads: int, head_dim: int
+    config: Config, row: _Llama, module: str, hidden: int, queries: int, keys: int, head_dim: int
 ) -> Iterator[Parameter]:
-    given = config.get("num_key_value_heads", row.kv_heads)
-    key_heads = heads if given is None else size({"num_key_value_heads": given}, "num_key_value_heads")
-    queries, keys = heads * head_dim, key_heads * head_dim
     o_bias = row.biased == "attention_bias" and bool(config.get("attention_bias", False))
     qkv_bias = o_bias or row.biased == "qkv"
     if row.fused:
@@ -144,8 +144,7 @@ def _gpt2(config: Config, fused: bool = True) -> Architecture:
         body += conv(f"{layer}.mlp.c_fc", hidden, inner)
         body += conv(f"{layer}.mlp.c_proj", inner, hidden)
     body += _norm("transformer.ln_f", hidden, bias=True)
-    head_dim = divided(config, hidden, heads)
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "head_dim": head_dim}
+    sizes = _one_key_a_head(config, layers, hidden, heads)
     return _whole(config, True, "transformer.wte.weight", hidden, body, **sizes)
 
 
@@ -153,11 +152,11 @@ def _falcon(config: Config) -> Architecture:
     hidden, heads = size(config, "hidden_size", "n_embed"), size(config, "num_attention_heads", "n_head")
     layers, bias = size(config, "num_hidden_layers", "n_layer"), bool(config.get("bias", False))
     head_dim, grouped = divided(config, hidden, heads), bool(config.get("new_decoder_architecture", False))
-    keys = hidden  # of k, and of v
+    kv_heads = heads
     if grouped:
-        keys = option(config, "num_kv_heads", heads) * head_dim
+        kv_heads = option(config, "num_kv_heads", heads)
     elif config.get("multi_query", True):
-        keys = head_dim
+        kv_heads = 1
     norms: tuple[str, ...] = ("input_layernorm",)
     if not config.get("parallel_attn", True):
         norms = ("post_attention_layernorm", "input_layernorm")
@@ -167,9 +166,10 @@ def _falcon(config: Config) -> Architecture:
     body: list[Parameter] = []
     for i in range(layers):
         layer = f"transformer.h.{i}"
-        body += _fused_block(layer, "self_attention", hidden, hidden + 2 * keys, inner, norms, bias, bias)
+        qkv = hidden + 2 * kv_heads * head_dim
+        body += _fused_block(layer, "self_attention", hidden, qkv, inner, norms, bias, bias)
     body += _norm("transformer.ln_f", hidden, bias=True)
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "head_dim": head_dim}
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, **sizes)
 
 
@@ -181,7 +181,7 @@ def _bloom(config: Config) -> Architecture:
     for i in range(layers):
         body += _fused_block(f"transformer.h.{i}", "self_attention", hidden, 3 * hidden, 4 * hidden, norms, True, True)
     body += _norm("transformer.ln_f", hidden, bias=True)
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "head_dim": divided(config, hidden, heads)}
+    sizes = _one_key_a_head(config, layers, hidden, heads)
     return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, **sizes)
 
 
@@ -193,8 +193,13 @@ def _gpt_neox(config: Config) -> Architecture:
     for i in range(layers):
         body += _fused_block(f"gpt_neox.layers.{i}", "attention", hidden, 3 * hidden, inner, norms, bias, True)
     body += _norm("gpt_neox.final_layer_norm", hidden, bias=True)
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "head_dim": divided(config, hidden, heads)}
+    sizes = _one_key_a_head(config, layers, hidden, heads)
     return _whole(config, False, "gpt_neox.embed_in.weight", hidden, body, **sizes)
+
+
+def _one_key_a_head(config: Config, layers: int, hidden: int, heads: int) -> dict[str, int]:
+    head_dim = divided(config, hidden, heads)
+    return {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": heads, "head_dim": head_dim}
 
 
 def _fused_block(
@@ -233,7 +238,7 @@ def _opt(config: Config) -> Architecture:
         body += _linear(f"{layer}.fc1", hidden, inner, bias)
         body += _linear(f"{layer}.fc2", inner, hidden, bias)
         body += norm(f"{layer}.final_layer_norm")
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "head_dim": divided(config, hidden, heads)}
+    sizes = _one_key_a_head(config, layers, hidden, heads)
     return _whole(config, True, "model.decoder.embed_tokens.weight", width, body, **sizes)
 
 
@@ -284,6 +289,7 @@ def from_tensors(config: Config, tensors: Mapping[str, tuple[int, ...]]) -> Arch
         layers=layers,
         hidden=hidden,
         heads=heads,
+        kv_heads=option(config, "num_key_value_heads", heads),
         head_dim=config.get("head_dim") or divided(config, hidden, heads),
         vocabulary=size(config, "vocab_size"),
     )

@@ -1,0 +1,192 @@
+"""Tensor parallelism around one-process layers: operators put on modules from outside, and adapters cut to one rank's
+part. The base itself is cut while it is read (`parallel.load`); how is `spec.splits`' knowledge.
+
+    block (attention, MLP)   input: identity, and in backward a sum over the group; q, k and v share it
+    colwise layer            nothing: each rank computes its own output features
+    rowwise layer            output: a sum over the group, of the base and the adapter together
+    token table              a rank looks up its own tokens, the sum brings all of them together
+    output layer             input as a block's; logits stay cut, and so does the loss (`parallel.vocabulary`)
+
+The operators stand around the whole adapted layer, so the adapter's part of each sum costs nothing more. Of a colwise
+layer lora_A is whole and lora_B cut, of a rowwise layer the other way round; a whole factor's gradient on one rank is
+only its part, and is summed once a step (`parallel.gradients`).
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lora_scale.adapters.lora import adapted_layers, file_name
+from lora_scale.parallel.grid import Grid
+from lora_scale.spec.families import Family, has_suffix
+from lora_scale.spec.splits import Part, Split
+
+
+class _SumBackward(torch.autograd.Function):
+    """Identity; the gradient is summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        dx = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(dx, group=ctx.group)
+        return dx, None
+
+
+class _SumForward(torch.autograd.Function):
+    """A sum over the group; the gradient is the same on every rank and passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        y = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def factor_splits(model: nn.Module, splits: Mapping[str, Split]) -> dict[str, Split]:
+    """How the adapters' factors are cut, by parameter name; a factor that is not named is whole."""
+    found = {}
+    for name, layer in adapted_layers(model).items():
+        split = splits.get(file_name(f"{name}.base_layer.weight"))
+        if split is None:
+            continue
+        transposed = not isinstance(layer.base_layer, nn.Linear)  # Conv1D
+        if (split.dim == -1) == transposed:  # output features
+            found[f"{name}.lora_B"] = Split(-2, split.parts)
+        else:
+            found[f"{name}.lora_A"] = Split(-1, split.parts)
+    return found
+
+
+def shared_elements(model: nn.Module, splits: Mapping[str, Split], grid: Grid) -> dict[str, list[tuple[int, int]]]:
+    """Of the factors of cut layers, the elements that several ranks keep, as spans of this rank's flattened shard.
+
+    All of a whole factor, and the rows of lora_B that belong to a shared key head. A rank sees a part of their
+    gradient.
+    """
+    factors, found = factor_splits(model, splits), {}
+    for name, layer in adapted_layers(model).items():
+        if file_name(f"{name}.base_layer.weight") not in splits:
+            continue
+        for key in ("lora_A", "lora_B"):
+            split = factors.get(f"{name}.{key}")
+            if split is None:
+                found[f"{name}.{key}"] = [(0, getattr(layer, key).numel())]
+            elif split.dim == -2 and (rows := split.shared_spans(grid.tp_rank, grid.tp_size)):
+                found[f"{name}.{key}"] = [(start * layer.r, stop * layer.r) for start, stop in rows]
+    return found
+
+
+def apply(model: nn.Module, row: Family, splits: Mapping[str, Split], grid: Grid) -> None:
+    """Cut the adapters and put the operators around the layers; the base may be on meta, whole."""
+    factors = factor_splits(model, splits)
+    with torch.no_grad():
+        for name, layer in adapted_layers(model).items():
+            for key in ("lora_A", "lora_B"):
+                if (split := factors.get(f"{name}.{key}")) is not None:
+                    factor = getattr(layer, key)
+                    factor.data = cut(factor.data, split, grid.tp_rank, grid.tp_size)
+            if (split := factors.get(f"{name}.lora_A")) is not None:
+                layer.first_feature = split.spans(layer.in_features, grid.tp_rank, grid.tp_size)[0][0]
+    modules = dict(model.named_modules())
+    blocks: set[str] = set()
+    for parameter in splits:
+        module, _, leaf = parameter.rpartition(".")
+        if leaf == "bias" or module not in modules:  # a tied output layer is found by its own name below
+            continue
+        if parameter.endswith(tuple(row.packed)):  # experts: the router shares the block's input and weighs its output
+            block = module.rpartition(".")[0]
+            if block not in blocks:
+                _sum_after(modules[block], grid)
+            blocks.add(block)
+        elif has_suffix(module, row.colwise):
+            blocks.add(module.rpartition(".")[0])
+        elif has_suffix(module, row.rowwise):
+            _sum_after(modules[module], grid)
+    for block in blocks:
+        _sum_gradient_before(modules[block], grid)
+        _divide(modules[block], row.divided, grid.tp_size)
+    _cut_vocabulary(model, grid)
+
+
+def cut(whole: Tensor, split: Split, rank: int, ranks: int) -> Tensor:
+    """`rank`'s shard of a whole tensor, contiguous."""
+    spans = split.spans(whole.shape[split.dim], rank, ranks)
+    pieces = [whole.narrow(split.dim, start, stop - start) for start, stop in spans]
+    return torch.cat(pieces, split.dim).contiguous() if pieces else whole.narrow(split.dim, 0, 0).contiguous()
+
+
+def join(shards: list[Tensor], split: Split, shape: tuple[int, ...]) -> Tensor:
+    """The whole tensor from every rank's shard; where several keep the same elements, they are equal."""
+    whole = torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device)
+    for rank, shard in enumerate(shards):
+        done = 0
+        for start, stop in split.spans(shape[split.dim], rank, len(shards)):
+            whole.narrow(split.dim, start, stop - start).copy_(shard.narrow(split.dim, done, stop - start))
+            done += stop - start
+    return whole
+
+
+def _sum_gradient_before(module: nn.Module, grid: Grid) -> None:
+    """The block's hidden states, its first argument or the one of that name, pass through the input operator."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (_SumBackward.apply(args[0], grid.tp_group), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _SumBackward.apply(kwargs["hidden_states"], grid.tp_group)}
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _sum_after(module: nn.Module, grid: Grid) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):  # experts of some versions of transformers: hidden states, router logits
+            return (_SumForward.apply(output[0], grid.tp_group), *output[1:])
+        return _SumForward.apply(output, grid.tp_group)
+
+    module.register_forward_hook(after)
+
+
+def _divide(block: nn.Module, names: tuple[str, ...], ranks: int) -> None:
+    """Counts of heads and features that a block keeps beside its weights: make them this rank's."""
+    for name in names:
+        owner: Any = block
+        key = name
+        if name.startswith("config."):
+            key = name.removeprefix("config.")
+            if not hasattr(block, "config"):
+                continue
+            owner = block.config = copy.copy(block.config)
+        if (value := getattr(owner, key, None)) is not None and value > 1:  # one key head is shared
+            setattr(owner, key, value // ranks)
+
+
+def _cut_vocabulary(model: nn.Module, grid: Grid) -> None:
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    tokens = table.weight.shape[0]
+    first, last = Part(tokens).span(grid.tp_rank, grid.tp_size)
+    foreign: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        elsewhere = (args[0] < first) | (args[0] >= last)
+        foreign.append(elsewhere)
+        return ((args[0] - first).masked_fill(elsewhere, 0), *args[1:])
+
+    def after(module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        return _SumForward.apply(embedded.masked_fill(foreign.pop()[..., None], 0.0), grid.tp_group)
+
+    table.register_forward_pre_hook(before)
+    table.register_forward_hook(after)
+    _sum_gradient_before(output, grid)

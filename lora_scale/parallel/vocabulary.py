@@ -1,0 +1,48 @@
+"""Cross-entropy of logits that are cut along the vocabulary over a group: no rank ever holds a whole row of them."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+IGNORED = -100  # a label that carries no loss, as in torch and transformers
+
+
+class _CutCrossEntropy(torch.autograd.Function):
+    """Two collectives: the rows' maxima; then, in one sum, their sums of exponentials and their labels' logits.
+
+    Kept for backward are the logits as they came and two numbers a row; the exponentials are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: Any) -> Tensor:
+        wide = logits.float()
+        largest = wide.amax(-1)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        own = labels - first
+        here = (own >= 0) & (own < logits.shape[-1])
+        own = own.masked_fill(~here, 0)
+        wide = wide - largest[:, None]
+        sums = torch.stack([wide.exp().sum(-1), wide.gather(-1, own[:, None])[:, 0].masked_fill(~here, 0.0)])
+        dist.all_reduce(sums, group=group)
+        normaliser = sums[0].log()
+        counted = labels != IGNORED
+        ctx.save_for_backward(logits, largest + normaliser, own, here & counted, counted)
+        return (normaliser - sums[1]).masked_fill(~counted, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, normaliser, own, here, counted = ctx.saved_tensors
+        gradient = (logits.float() - normaliser[:, None]).exp_()
+        gradient.mul_(counted[:, None])
+        gradient.scatter_add_(-1, own[:, None], -here[:, None].to(gradient.dtype))
+        return gradient.mul_(grads[0]).to(logits.dtype), None, None, None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, first: int, group: Any) -> Tensor:
+    """Loss summed over the rows whose label is not -100, fp32, shape (); the same on every rank of the group.
+
+    `logits` (rows, this rank's tokens) are those of the tokens from `first` on; `labels` (rows) count whole.
+    """
+    return _CutCrossEntropy.apply(logits, labels, first, group)
