@@ -58,9 +58,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
-def tree_of(
-    folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: str, dropout: float
-) -> dict[str, Any]:
+def tree_of(folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: str, dropout: float) -> dict[str, Any]:
     """One pass a step under ZeRO-3, two accumulated ones at stage 0."""
     return config(
         folder,

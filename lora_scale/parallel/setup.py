@@ -152,10 +152,10 @@ def start_engine(
         partitioner = zero3.Partitioner(config, load.dtype_of(cfg), grid.base_group)
     show = _load_bar(screen)
     loaded = on_every_rank(lambda: load.fill(model, folder, world.device, partitioner, cuts, grid, show))
-    if partitioner and keeps_adapters_whole(cfg, parameters.trainable):
-        for p in model.parameters():
-            if p.requires_grad:
-                zero3.keep_whole(p, grid.own_group)
+    if partitioner and cfg.method == "lora":
+        group = grid.own_group if keeps_adapters_whole(cfg, parameters.trainable) else grid.dp_group
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            zero3.partition_over(p, group)
     model.to(world.device)  # the adapters; what was filled is there already
     screen.line(
         f"loaded   {size(loaded.nbytes)} a rank in {loaded.seconds:.1f} s ({loaded.gb_per_second:.2f} GB/s); "
@@ -185,9 +185,9 @@ def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> di
 def keeps_adapters_whole(cfg: RunConfig, trainable: int) -> bool:
     """Whether ZeRO-3 leaves the adapter whole on every rank. Its values, gradient, second fp32 copy and two moments
     cost 20 bytes a parameter there."""
-    if cfg.method == "full" or cfg.parallel.adapter_sharding == "zero":
-        return False
-    return cfg.parallel.adapter_sharding == "replicate" or 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
+    if cfg.parallel.adapter_sharding == "auto":
+        return 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
+    return cfg.parallel.adapter_sharding == "replicate"
 
 
 def count(model: nn.Module) -> Parameters:

@@ -54,10 +54,10 @@ class Partitioner:
         return adopted
 
 
-def keep_whole(parameter: nn.Parameter, own_group: Any) -> None:
-    """Have DeepSpeed leave this parameter whole on every rank: partitioned over the rank alone, never gathered and
-    never reduced. To be called before DeepSpeed converts it."""
-    parameter.ds_zero_partition_process_group = own_group  # type: ignore[attr-defined]
+def partition_over(parameter: nn.Parameter, group: Any) -> None:
+    """Have DeepSpeed partition this parameter over `group`, by default the one of the first that it finds. A group of
+    this rank alone leaves it whole: never gathered, never reduced. To be called before DeepSpeed converts it."""
+    parameter.ds_zero_partition_process_group = group  # type: ignore[attr-defined]
 
 
 def group_size(parameter: nn.Parameter) -> int:
