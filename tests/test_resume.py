@@ -88,6 +88,7 @@ def _trees(folder: Path, at: int) -> dict[str, dict[str, Any]]:
     common = {"train__global_batch_size": 12, "train__max_steps": WHOLE}
     cases = {
         "lora, stage 3": {"lora__dropout": 0.1},
+        "lora, stage 3, adapter partitioned": {"parallel__adapter_sharding": "zero"},
         "lora, stage 2": {"parallel__zero_stage": 2},
         "lora, stage 0": {"parallel__zero_stage": 0},
         "full, stage 3": {"method": "full", "recompute": "all"},
@@ -121,13 +122,14 @@ def test_same_and_other_numbers_of_ranks(tmp_path: Path) -> None:
 
 def _judge_traffic(everyone: list[dict[str, Any]]) -> None:
     """What travels to the first rank is what it does not have of the trainable tensors and their two moments: no
-    base, no padding."""
-    for name, stage in (("lora, stage 3", 3), ("lora, stage 0", 0)):
+    base, no padding; and nothing where it has all of it."""
+    partitioned = "lora, stage 3, adapter partitioned"
+    for name in (partitioned, "lora, stage 3", "lora, stage 0"):
         values = everyone[0][name]["values"]
         half = sum(
             v.numel() - -(-v.numel() // 2) for v in values.values()
         )  # of 2 ranks, the second has what the first's half leaves
-        expected = 3 * 4 * half if stage == 3 else 0
+        expected = 3 * 4 * half if name == partitioned else 0
         assert everyone[0][name]["sent"] == 0
         assert everyone[1][name]["sent"] == expected, name
 

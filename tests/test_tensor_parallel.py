@@ -35,13 +35,20 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": _HEADS,
     "mixtral": _HEADS,
+    "gpt_neox": {},
 }
 LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # data parallel x tensor parallel
-WAYS = list(itertools.product((0, 3), ("none", "all"), (0.0, 0.1)))  # ZeRO stage, recompute, dropout of the adapter
+# ZeRO stage, recompute, dropout of the adapter; and sequence parallel in half of them, with and without each
+WAYS = [
+    (stage, recompute, dropout, (stage == 3) ^ (recompute == "all") ^ (dropout > 0))
+    for stage, recompute, dropout in itertools.product((3, 0), ("all", "none"), (0.0, 0.1))
+]
+Case = tuple[str, int, int, int, str, float, bool]
 
 
-def name_of(model: str, dp: int, tp: int, stage: int, recompute: str, dropout: float) -> str:
-    return f"{model} {dp}x{tp} ZeRO-{stage} recompute {recompute} dropout {dropout}"
+def name_of(model: str, dp: int, tp: int, stage: int, recompute: str, dropout: float, sequence: bool) -> str:
+    shared = ", sequence parallel" if sequence and tp > 1 else ""
+    return f"{model} {dp}x{tp} ZeRO-{stage} recompute {recompute} dropout {dropout}{shared}"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
-def tree_of(folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: str, dropout: float) -> dict[str, Any]:
+def tree_of(
+    folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: str, dropout: float, sequence: bool
+) -> dict[str, Any]:
     """One pass a step under ZeRO-3, two accumulated ones at stage 0."""
     return config(
         folder,
@@ -69,18 +78,19 @@ def tree_of(folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: s
         train__global_batch_size=4,
         train__micro_batch_size=max(1, 4 // dp // (1 if stage else 2)),
         parallel__tensor_parallel_size=tp,
+        parallel__sequence_parallel=sequence and tp > 1,
         parallel__zero_stage=stage,
         recompute=recompute,
         lora__dropout=dropout,
     )
 
 
-def cases_of(world: int, names: list[str]) -> list[tuple[str, int, int, int, str, float]]:
+def cases_of(world: int, names: list[str]) -> list[Case]:
     grid = [(dp, tp) for dp, tp in LAYOUTS if dp * tp == world]
     return [(name, *layout, *way) for name in names for layout in grid for way in WAYS]
 
 
-def covering(world: int) -> list[tuple[str, int, int, int, str, float]]:
+def covering(world: int) -> list[Case]:
     """Every way for Llama; one way for each other family, another one for each."""
     found = [case for case in cases_of(world, ["llama"]) if case[2] > 1]
     if world == 2:
@@ -89,15 +99,15 @@ def covering(world: int) -> list[tuple[str, int, int, int, str, float]]:
     return found
 
 
-def check(world: int, cases: list[Any], folders: dict[str, Path], rows: Path, tmp_path: Path) -> None:
+def check(world: int, cases: list[Case], folders: dict[str, Path], rows: Path, tmp_path: Path) -> None:
     trees = {name_of(*case): tree_of(folders[case[0]], rows, *case[1:]) for case in cases}
     traces = run_ranks(world, "training:run_cases", trees, folder=tmp_path / "ranks", timeout=len(cases) * 20 + 60)[0]
     references: dict[tuple[str, float], Trace] = {}
     failures = []
     for case in cases:
-        key = (case[0], case[-1])
+        key = (case[0], case[5])
         if key not in references:
-            references[key] = reference(tree_of(folders[case[0]], rows, 1, 1, 0, "none", case[-1]))
+            references[key] = reference(tree_of(folders[case[0]], rows, 1, 1, 0, "none", case[5], False))
         try:
             assert_equal(traces[name_of(*case)], references[key])
         except AssertionError as error:

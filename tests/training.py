@@ -120,6 +120,7 @@ def run_cases(here: World, cases: dict[str, dict[str, Any]]) -> dict[str, Trace]
     """Many runs inside one launch of ranks."""
     traces = {}
     for name, tree in cases.items():
+        print(name, flush=True)  # into the rank's log
         job = start(here, tree)
         traces[name] = train(job)
         job.engine.ds.destroy()

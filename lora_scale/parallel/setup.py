@@ -178,7 +178,7 @@ def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> di
     found = splits.splits(shapes.architecture(folder.config), folder.config, grid.tp_size)
     row = family(str(folder.config["model_type"]))
     assert row is not None, "splits() refuses such a model"
-    tensor_parallel.apply(model, row, found, grid)
+    tensor_parallel.apply(model, row, found, grid, sequence_parallel=cfg.parallel.sequence_parallel)
     return found
 
 

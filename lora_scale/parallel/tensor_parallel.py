@@ -7,52 +7,27 @@ part. The base itself is cut while it is read (`parallel.load`); how is `spec.sp
     token table              a rank looks up its own tokens, the sum brings all of them together
     output layer             input as a block's; logits stay cut, and so does the loss (`parallel.vocabulary`)
 
+With `sequence_parallel` the ranks share the tokens between blocks, so that norms, residuals and what recompute keeps
+are one rank's part: a block's input is gathered along the sequence, a rowwise layer's output summed and scattered. The
+first decoder layer takes its part of the tokens, and behind the last norm all of them come together again.
+
 The operators stand around the whole adapted layer, so the adapter's part of each sum costs nothing more. Of a colwise
 layer lora_A is whole and lora_B cut, of a rowwise layer the other way round; a whole factor's gradient on one rank is
 only its part, and is summed once a step (`parallel.gradients`).
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_scale.adapters.lora import adapted_layers, file_name
+from lora_scale.parallel import collectives, recompute
 from lora_scale.parallel.grid import Grid
 from lora_scale.spec.families import Family, has_suffix
 from lora_scale.spec.splits import Part, Split
-
-
-class _SumBackward(torch.autograd.Function):
-    """Identity; the gradient is summed over the group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        dx = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(dx, group=ctx.group)
-        return dx, None
-
-
-class _SumForward(torch.autograd.Function):
-    """A sum over the group; the gradient is the same on every rank and passes as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        y = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 def factor_splits(model: nn.Module, splits: Mapping[str, Split]) -> dict[str, Split]:
@@ -89,17 +64,13 @@ def shared_elements(model: nn.Module, splits: Mapping[str, Split], grid: Grid) -
     return found
 
 
-def apply(model: nn.Module, row: Family, splits: Mapping[str, Split], grid: Grid) -> None:
+def apply(
+    model: nn.Module, row: Family, splits: Mapping[str, Split], grid: Grid, *, sequence_parallel: bool = False
+) -> None:
     """Cut the adapters and put the operators around the layers; the base may be on meta, whole."""
-    factors = factor_splits(model, splits)
-    with torch.no_grad():
-        for name, layer in adapted_layers(model).items():
-            for key in ("lora_A", "lora_B"):
-                if (split := factors.get(f"{name}.{key}")) is not None:
-                    factor = getattr(layer, key)
-                    factor.data = cut(factor.data, split, grid.tp_rank, grid.tp_size)
-            if (split := factors.get(f"{name}.lora_A")) is not None:
-                layer.first_feature = split.spans(layer.in_features, grid.tp_rank, grid.tp_size)[0][0]
+    _cut_adapters(model, factor_splits(model, splits), grid)
+    enter = collectives.gather_sequence if sequence_parallel else collectives.sum_gradient
+    leave = collectives.scatter_sequence if sequence_parallel else collectives.sum_ranks
     modules = dict(model.named_modules())
     blocks: set[str] = set()
     for parameter in splits:
@@ -109,16 +80,38 @@ def apply(model: nn.Module, row: Family, splits: Mapping[str, Split], grid: Grid
         if parameter.endswith(tuple(row.packed)):  # experts: the router shares the block's input and weighs its output
             block = module.rpartition(".")[0]
             if block not in blocks:
-                _sum_after(modules[block], grid)
+                _after(modules[block], leave, grid)
             blocks.add(block)
         elif has_suffix(module, row.colwise):
             blocks.add(module.rpartition(".")[0])
         elif has_suffix(module, row.rowwise):
-            _sum_after(modules[module], grid)
+            _after(modules[module], leave, grid)
     for block in blocks:
-        _sum_gradient_before(modules[block], grid)
+        _before(modules[block], enter, grid)
         _divide(modules[block], row.divided, grid.tp_size)
     _cut_vocabulary(model, grid)
+    if sequence_parallel:
+        _before(recompute.decoder_layers(model)[0], collectives.take_sequence, grid)
+        _after(_last_norm(model), collectives.gather_sequence, grid)
+    else:
+        _before(model.get_output_embeddings(), collectives.sum_gradient, grid)  # type: ignore[operator]
+
+
+def _last_norm(model: nn.Module) -> nn.Module:
+    """What stands behind the decoder layers: the last part of the base model that has parameters."""
+    parts = getattr(model, model.base_model_prefix).children()  # type: ignore[arg-type]
+    return [part for part in parts if next(part.parameters(), None) is not None][-1]
+
+
+def _cut_adapters(model: nn.Module, factors: Mapping[str, Split], grid: Grid) -> None:
+    with torch.no_grad():
+        for name, layer in adapted_layers(model).items():
+            for key in ("lora_A", "lora_B"):
+                if (split := factors.get(f"{name}.{key}")) is not None:
+                    factor = getattr(layer, key)
+                    factor.data = cut(factor.data, split, grid.tp_rank, grid.tp_size)
+            if (split := factors.get(f"{name}.lora_A")) is not None:
+                layer.first_feature = split.spans(layer.in_features, grid.tp_rank, grid.tp_size)[0][0]
 
 
 def cut(whole: Tensor, split: Split, rank: int, ranks: int) -> Tensor:
@@ -139,22 +132,27 @@ def join(shards: list[Tensor], split: Split, shape: tuple[int, ...]) -> Tensor:
     return whole
 
 
-def _sum_gradient_before(module: nn.Module, grid: Grid) -> None:
-    """The block's hidden states, its first argument or the one of that name, pass through the input operator."""
+Operator = Callable[[Tensor, Any], Tensor]
+
+
+def _before(module: nn.Module, operator: Operator, grid: Grid) -> None:
+    """The hidden states, the first argument or the one of that name, pass through the operator."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (_SumBackward.apply(args[0], grid.tp_group), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _SumBackward.apply(kwargs["hidden_states"], grid.tp_group)}
+            return (operator(args[0], grid.tp_group), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": operator(kwargs["hidden_states"], grid.tp_group)}
 
     module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _sum_after(module: nn.Module, grid: Grid) -> None:
+def _after(module: nn.Module, operator: Operator, grid: Grid) -> None:
+    """So does the output: hidden states, or a tuple that has them first."""
+
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):  # experts of some versions of transformers: hidden states, router logits
-            return (_SumForward.apply(output[0], grid.tp_group), *output[1:])
-        return _SumForward.apply(output, grid.tp_group)
+        if isinstance(output, Tensor):
+            return operator(output, grid.tp_group)
+        return (operator(output[0], grid.tp_group), *output[1:])
 
     module.register_forward_hook(after)
 
@@ -174,7 +172,7 @@ def _divide(block: nn.Module, names: tuple[str, ...], ranks: int) -> None:
 
 
 def _cut_vocabulary(model: nn.Module, grid: Grid) -> None:
-    table, output = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    table = model.get_input_embeddings()  # type: ignore[operator]
     tokens = table.weight.shape[0]
     first, last = Part(tokens).span(grid.tp_rank, grid.tp_size)
     foreign: list[Tensor] = []
@@ -185,8 +183,7 @@ def _cut_vocabulary(model: nn.Module, grid: Grid) -> None:
         return ((args[0] - first).masked_fill(elsewhere, 0), *args[1:])
 
     def after(module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
-        return _SumForward.apply(embedded.masked_fill(foreign.pop()[..., None], 0.0), grid.tp_group)
+        return collectives.sum_ranks(embedded.masked_fill(foreign.pop()[..., None], 0.0), grid.tp_group)
 
     table.register_forward_pre_hook(before)
     table.register_forward_hook(after)
-    _sum_gradient_before(output, grid)

@@ -136,6 +136,9 @@ class ParallelConfig(Section):
     tensor_parallel_size: Positive = 1
     """Ranks that compute one layer together, each with its part of the weights (adjacent ranks: keep them on one node).
     The others are data-parallel; ZeRO partitions over those."""
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks also share the tokens between attention and MLP: norms, residuals and what recompute keeps
+    take 1 / tensor_parallel_size of the memory (elsewhere: Megatron's sequence parallelism)."""
     base_sharding: Literal["world", "node"] = "world"
     """Over which ranks ZeRO-3 partitions the frozen base: all, or those of one node (elsewhere: hpZ, FSDP's hybrid
     sharding). With `node` every node holds one copy and only adapter gradients cross nodes."""
@@ -184,6 +187,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and model.dropout is "
                 f"{self.model.dropout}: the ranks would draw different masks; set model.dropout=0"
+            )
+        if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
+            raise ValueError(
+                "parallel.sequence_parallel is true and parallel.tensor_parallel_size is 1: there is no group to share "
+                "a sequence; set one of them"
+            )
+        if parallel.sequence_parallel and self.data.seq_len % parallel.tensor_parallel_size:
+            raise ValueError(
+                f"data.seq_len is {self.data.seq_len}; with parallel.sequence_parallel it must be a multiple of "
+                f"parallel.tensor_parallel_size = {parallel.tensor_parallel_size}"
             )
         if parallel.base_sharding == "node" and (self.method == "full" or parallel.zero_stage != 3):
             raise ValueError(

@@ -1,0 +1,80 @@
+"""Collectives that autograd can go through, each with the one that its gradient needs. Hidden states are (batch,
+sequence, features); `group` is the tensor-parallel group.
+
+    sum_gradient       identity                     backward: sum
+    sum_ranks          sum                          backward: identity
+    gather_sequence    all-gather of tokens         backward: reduce-scatter
+    scatter_sequence   reduce-scatter of tokens     backward: all-gather
+    take_sequence      own tokens of all            backward: all-gather
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Operator(torch.autograd.Function):
+    """`there` on the way forward, `back` on the gradient; nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, there: Any, back: Any) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.group), None, None, None
+
+
+def sum_gradient(x: Tensor, group: Any) -> Tensor:
+    return _Operator.apply(x, group, _same, _sum)
+
+
+def sum_ranks(x: Tensor, group: Any) -> Tensor:
+    return _Operator.apply(x, group, _sum, _same)
+
+
+def gather_sequence(x: Tensor, group: Any) -> Tensor:
+    return _Operator.apply(x, group, _gather, _scatter)
+
+
+def scatter_sequence(x: Tensor, group: Any) -> Tensor:
+    return _Operator.apply(x, group, _scatter, _gather)
+
+
+def take_sequence(x: Tensor, group: Any) -> Tensor:
+    return _Operator.apply(x, group, _take, _gather)
+
+
+def _same(x: Tensor, group: Any) -> Tensor:
+    return x.view_as(x)
+
+
+def _sum(x: Tensor, group: Any) -> Tensor:
+    y = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(y, group=group)
+    return y
+
+
+def _gather(x: Tensor, group: Any) -> Tensor:
+    """(batch, tokens, features) of each rank, side by side along the tokens."""
+    ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
+    parts = x.new_empty(ranks * batch, tokens, features)
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    return parts.view(ranks, batch, tokens, features).movedim(0, 1).reshape(batch, ranks * tokens, features)
+
+
+def _scatter(x: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks, of this rank's share of the tokens."""
+    ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
+    parts = x.reshape(batch, ranks, tokens // ranks, features).movedim(1, 0).reshape(-1, tokens // ranks, features)
+    own = x.new_empty(batch, tokens // ranks, features)
+    dist.reduce_scatter_tensor(own, parts.contiguous(), group=group)
+    return own
+
+
+def _take(x: Tensor, group: Any) -> Tensor:
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    return x.chunk(ranks, 1)[rank].contiguous()
