@@ -15,7 +15,7 @@ from lora_scale.storage.folder import open_folder
 
 
 def held(here: World, folder: Path, cfg: RunConfig) -> dict[str, int]:
-    """Bytes by category of cost.States after a step and one more backward pass, and those that no category explains."""
+    """Bytes by category of states.States after a step and one more backward pass, and those that none explains."""
     before = {storage._cdata for storage in _storages()}
     base = open_folder(folder)
     model, dropout, _ = setup.build_model(cfg, base)

@@ -13,8 +13,10 @@ import pytest
 from timing import children_seconds
 
 from lora_scale.cli import main
-from lora_scale.spec import cost, named
+from lora_scale.spec import named, planning
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.shapes import architecture
+from lora_scale.spec.states import Grid
 from lora_scale.storage import weights
 from lora_scale.storage.runlog import RunLog
 
@@ -117,7 +119,7 @@ def test_figures_are_those_of_the_rows(capsys: pytest.CaptureFixture[str], run: 
 
 def test_the_plan_stands_beside_the_measurement(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     cfg = RunConfig.model_validate(CONFIG | {"train": {"max_steps": 10}})
-    plan = cost.plan_row(named.shape("llama-7.2b"), cfg, 2)
+    plan = planning.plan(planning.job_of(architecture(named.shape("llama-7.2b")), cfg, Grid(2)))
     _, out, _ = report(capsys, write_run(tmp_path / "run", [row(1)], plan=plan))
     memory = section(out, "Memory")
     assert "|  | this run | full fine-tuning |" in memory

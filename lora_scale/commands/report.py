@@ -11,14 +11,13 @@ from typing import Any
 import click
 
 from lora_scale.spec.errors import UsageError
-from lora_scale.spec.wording import ESTIMATES, STATES, binary, decimal
+from lora_scale.spec.wording import CATEGORIES, JOBS, STATES, binary, decimal
 from lora_scale.storage import chart, checkpoints, runlog
 from lora_scale.storage.durable import write_text_atomically
 
 MISSING = "not recorded"
 WARM_UP = 3  # steps left out of medians of speed: compilation, caches, the first allocation of everything
 Rows = Sequence[dict[str, Any]]
-JOBS = {"this_run": "this run", "full_fine_tuning": "full fine-tuning"}
 MEASURED = {  # key of a row's memory: its name here; the largest over the run counts
     "peak_gib": "peak allocated",
     "allocated_gib": "allocated between steps",
@@ -132,15 +131,13 @@ def _memory(rows: Rows, manifest: dict[str, Any]) -> list[str]:
     body = []
     if jobs:
         lines = []
-        for kind, labels in (("model_states", STATES), ("estimates", ESTIMATES)):
-            for key, label in labels.items():
-                cells = [plan[job].get(kind, {}).get(key) or 0 for job in jobs]
-                if any(cells):
-                    lines.append([label, *(binary(cell) if cell else "" for cell in cells)])
-            if kind == "model_states":
-                lines.append(["**model states, exact**", *(binary(plan[job][kind]["total"]) for job in jobs)])
-        both = [binary(plan[job]["model_states"]["total"] + plan[job]["estimates"]["total"]) for job in jobs]
-        lines.append(["**with the estimates above**", *both])
+        for key, label in CATEGORIES.items():
+            cells = [plan[job]["moments"][plan[job]["peak_moment"]][key] for job in jobs]
+            if any(cells):
+                lines.append([label, *(binary(cell) if cell else "" for cell in cells)])
+            if key == list(STATES)[-1]:
+                lines.append(["**model states, exact**", *(binary(plan[job]["model_states"]["total"]) for job in jobs)])
+        lines.append(["**peak allocated**", *(binary(plan[job]["allocated"]) for job in jobs)])
         body += ["Computed before the run, a rank:", "", *_table(["", *(JOBS[job] for job in jobs)], lines), ""]
     else:
         body += [f"Computed before the run: {plan.get('unknown', MISSING)}.", ""]

@@ -15,16 +15,17 @@ from typing import Any
 import click
 import torch
 
-from lora_scale.parallel import checkpoint, guards, local, metrics, setup, world
+from lora_scale.parallel import checkpoint, fits, guards, local, metrics, setup, world
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
-from lora_scale.spec import configfile, cost
+from lora_scale.spec import configfile, planning
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import CheckpointError, ConfigError, InterruptedRunError, LoraScaleError, UsageError
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage import checkpoints, console, durable, provenance, runlog
 from lora_scale.storage.console import Console, StopRequest, bar, size
+from lora_scale.storage.folder import ModelFolder
 from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 
 
@@ -34,7 +35,8 @@ from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 @click.option(
     "--ranks", type=click.IntRange(min=1), help="Local ranks to start. Default: one a visible GPU, or one process."
 )
-def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+@click.option("--ignore-plan", is_flag=True, help="Start even where the plan says that it will not fit.")
+def command(config: Path, overrides: tuple[str, ...], ranks: int | None, ignore_plan: bool) -> None:
     """Train as CONFIG says: an adapter on a frozen, sharded base, or every weight (method=full).
 
     \b
@@ -61,10 +63,10 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None
             sys.exit(error.exit_code)
         raise
     if here is None and (count := ranks or local.default_ranks()) > 1:
-        arguments = ["train", str(config), *overrides]
+        arguments = ["train", str(config), *overrides, *(["--ignore-plan"] if ignore_plan else [])]
         click.echo(f"{count} local ranks: {local.shown(count, arguments)}")
         sys.exit(local.run(count, arguments, cfg.run_dir))
-    sys.exit(_guarded(cfg, config, here, log))
+    sys.exit(_guarded(cfg, config, here, log, ignore_plan))
 
 
 def _log_path(cfg: RunConfig, rank: int) -> Path:
@@ -75,7 +77,7 @@ def _log_path(cfg: RunConfig, rank: int) -> Path:
         raise ConfigError(f"{where} ({error.filename}: {error.strerror}); set another run_dir") from error
 
 
-def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path) -> int:
+def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path, ignore_plan: bool) -> int:
     """Run, and let exactly one rank tell the screen what went wrong, after everything else, with its log's path."""
     rank, token, code = here.rank if here else 0, world.launch_token(here), 0
     screen = Console(rank)
@@ -85,7 +87,7 @@ def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path) -> int
         try:
             here = world.start(here, cfg.parallel.timeout_minutes)
             token = on_rank_zero(lambda: token)  # one for all hosts
-            run(cfg, config, here, screen, stop, token)
+            run(cfg, config, here, screen, stop, token, ignore_plan)
         except LoraScaleError as error:
             stop.over()
             code = error.exit_code
@@ -126,7 +128,9 @@ def _fault(error: BaseException, rank: int) -> tuple[int, str]:
             return 1, f"rank {rank} failed: {type(error).__name__}: {first}"
 
 
-def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str) -> None:
+def run(
+    cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str, ignore_plan: bool
+) -> None:
     """One rank's whole run."""
     kept: list[Any] = []  # what stays with the first rank: the lock and the log
     on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
@@ -139,6 +143,7 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
         return
+    planned = on_every_rank(lambda: _plan(cfg, folder, data, here, screen, ignore_plan))
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
     for note in (*notes, *data.notes, *more):
@@ -147,7 +152,7 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
         checkpoint.restore(job.engine, resume, saved, job.key)
         screen.line(f"resumed  {resume}: {saved.step} of {data.plan.total_steps} steps are done")
     step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
-    on_rank_zero(lambda: kept.append(_open_log(job, config, step)))
+    on_rank_zero(lambda: kept.append(_open_log(job, config, step, planned)))
     with contextlib.ExitStack() as stack:
         _loop(job, stack.enter_context(kept[-1]) if kept else None, screen, stop, step, tokens_seen)
 
@@ -215,6 +220,20 @@ def _enter(run_dir: Path, token: str) -> Any:
     return lock
 
 
+def _plan(
+    cfg: RunConfig, folder: ModelFolder, data: run_data.Data, here: World, screen: Console, ignore: bool
+) -> dict[str, Any]:
+    """What is predicted of this run, for its manifest; DoesNotFitError where it cannot fit on this rank's GPU."""
+    job = fits.job_of(cfg, folder, data, here)
+    if job is None:
+        return {"unknown": f"model type {folder.config.get('model_type')} has no row of shapes"}
+    row = planning.plan(job)
+    screen.line(f"plan     {fits.check(job, row, fits.device_gib(here.device), ignore)}")
+    for text in row["warnings"]:
+        screen.line(f"warning  {text}")
+    return row
+
+
 def _find_checkpoint(cfg: RunConfig) -> tuple[Path | None, list[str]]:
     """Where to go on from, by `resume`, and what the user must hear of it; called on the first rank."""
     folder = cfg.run_dir / CHECKPOINTS
@@ -272,7 +291,7 @@ def _save(job: Job, step: int, tokens_seen: int) -> tuple[Path, float]:
     return path, time.perf_counter() - start
 
 
-def _open_log(job: Job, config: Path, step: int) -> RunLog:
+def _open_log(job: Job, config: Path, step: int, planned: dict[str, Any]) -> RunLog:
     """The run directory's records, with the manifest written; for the first rank."""
     log = RunLog(
         job.cfg.run_dir,
@@ -294,7 +313,7 @@ def _open_log(job: Job, config: Path, step: int) -> RunLog:
             "parameters": asdict(job.parameters),
             "load": {"bytes": job.loaded.nbytes, "seconds": round(job.loaded.seconds, 3)},
             "data": job.data.blocks.stats(),
-            "plan": cost.plan_row(job.folder.config, job.cfg, job.world.size),
+            "plan": planned,
         }
     )
     return log

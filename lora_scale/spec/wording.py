@@ -2,7 +2,7 @@
 
 GIB, MIB = 1 << 30, 1 << 20
 
-STATES = {  # field of cost.States: its name in tables
+STATES = {  # field of states.States: its name in tables
     "base": "base weights, frozen",
     "trained": "weights that train",
     "master": "their fp32 copy",
@@ -10,13 +10,23 @@ STATES = {  # field of cost.States: its name in tables
     "adam": "Adam's two moments",
     "bucket": "gradient bucket",
 }
-ESTIMATES = {  # field of cost.Estimates
-    "gathered": "gathered: 2 layers",
+CATEGORIES = STATES | {  # field of memory.Moment
+    "gathered": "gathered parameters and prefetch",
     "layer_inputs": "inputs of recomputed layers",
-    "layers_kept": "activations of the other layers",
+    "layers_kept": "activations kept",
+    "outside": "embedding output, last norm",
     "one_layer": "activations of 1 layer, recomputed",
-    "logits": "or logits and loss, if larger",
+    "workspace": "workspace of a layer or the step",
+    "logits": "logits and loss",
+    "libraries": "workspaces of libraries",
 }
+BESIDE = {  # field of memory.Memory: on the GPU and not allocated by torch
+    "context": "CUDA context",
+    "nccl": "NCCL",
+    "waste": "allocator waste, where there is room",
+}
+JOBS = {"this_run": "this run", "full_fine_tuning": "full fine-tuning"}
+PAPER = ("LoRA paper (2106.09685), quoted, not computed", "1.2 TB", "350 GB", "3.4x")
 
 
 def binary(nbytes: float) -> str:

@@ -1,0 +1,68 @@
+"""A run's plan where its data and device are known: what it assumes is measured, and it is held against the device."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_scale.parallel.data import Data
+from lora_scale.parallel.engine import positions_with_target
+from lora_scale.parallel.world import World
+from lora_scale.spec import planning
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.errors import DoesNotFitError, ModelError
+from lora_scale.spec.memory import GIB, Work
+from lora_scale.spec.planning import Job
+from lora_scale.spec.shapes import architecture
+from lora_scale.spec.states import Grid
+from lora_scale.storage.folder import ModelFolder
+
+SAMPLE = 64  # passes that are looked at for their targets
+
+
+def job_of(cfg: RunConfig, folder: ModelFolder, data: Data, world: World) -> Job | None:
+    """The run as a job to plan; None for a model type without a row of shapes."""
+    try:
+        model = architecture(folder.config)
+    except ModelError:
+        return None
+    assumed = planning.assumed_work(model)
+    return planning.job_of(
+        model, cfg, Grid(world.size), Work(masked=assumed.masked and has_masks(data), target_share=target_share(data))
+    )
+
+
+def has_masks(data: Data) -> bool:
+    """Whether some block holds two documents, or padding."""
+    return bool((np.diff(data.blocks.starts) > 1).any() or (data.blocks.n_tokens < data.blocks.seq_len).any())
+
+
+def target_share(data: Data) -> float:
+    """The largest share of a pass's positions that logits are computed for, over the first passes of this rank."""
+    largest, seen = 0.0, 0
+    for number in range(data.plan.total_steps):
+        for batch in data.plan.step(number).micro_batches:
+            kept = positions_with_target(batch.labels)
+            largest, seen = max(largest, 1.0 if kept is None else len(kept) / batch.labels.shape[1]), seen + 1
+        if seen >= SAMPLE:
+            break
+    return largest
+
+
+def device_gib(device: torch.device) -> float | None:
+    """What a run can have of this rank's GPU: all but what others use of it now; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return round((free + torch.cuda.memory_reserved(device)) / GIB, 1)
+
+
+def check(job: Job, row: dict[str, Any], limit_gib: float | None, ignore: bool) -> str:
+    """The answer as one line; DoesNotFitError with what would make it fit, unless that is to be ignored."""
+    said = planning.answer(row["this_run"], job.grid.ranks, limit_gib)
+    if said.fits is not False or ignore:
+        return said.sentence.partition("; --gpu")[0]
+    assert limit_gib is not None
+    ways = ["; or ".join(" and ".join(way.changes) for way in planning.ways_out(job, limit_gib))]
+    hint = f"\nthis would make it fit: {ways[0]}" if ways[0] else ""
+    raise DoesNotFitError(f"{said.sentence}{hint}\n`lora-scale plan` shows why; --ignore-plan tries all the same")
