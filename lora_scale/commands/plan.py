@@ -11,15 +11,17 @@ from typing import Any
 
 import click
 
-from lora_scale.spec import configfile, cost, hardware, memory, named, planning, targets
+from lora_scale.spec import configfile, cost, hardware, memory, named, planning, search, speed, targets
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import DoesNotFitError, ModelError, UsageError
 from lora_scale.spec.shapes import BUILDERS, architecture, from_tensors
 from lora_scale.spec.states import Grid
-from lora_scale.spec.wording import BESIDE, CATEGORIES, JOBS, PAPER, STATES, binary, decimal
+from lora_scale.spec.wording import BESIDE, CATEGORIES, JOBS, PAPER, STATES, binary, decimal, table
+from lora_scale.storage.durable import write_text_atomically
 from lora_scale.storage.folder import ModelFolder, open_folder, sources
 
+MOST_LAYOUTS = 12
 NOTHING = ""  # an empty cell: the figure does not exist, or is 0
 
 
@@ -35,6 +37,10 @@ NOTHING = ""  # an empty cell: the figure does not exist, or is 0
     multiple=True,
     help="Another convention of what a trained parameter costs, beside 2 and 16 bytes.",
 )
+@click.option(
+    "--search", "searches", is_flag=True, help="Find layouts that fit --gpu, the fastest first, by a model of time."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="With --search: write the fastest as a config.")
 @click.option("--json", "as_json", is_flag=True, help="Figures only, in bytes.")
 def command(
     arguments: tuple[str, ...],
@@ -43,6 +49,8 @@ def command(
     gpu: str | None,
     shape: str | None,
     bytes_per_parameter: tuple[float, ...],
+    searches: bool,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     """Say what a run needs on each GPU, before it is queued.
@@ -51,6 +59,7 @@ def command(
     lora-scale plan run.yaml --gpus-per-node 8 --gpu h200
     lora-scale plan run.yaml lora.r=64 data.seq_len=8192 --nodes 2 --gpus-per-node 8 --gpu 80
     lora-scale plan --shape gpt3-175b lora.r=4
+    lora-scale plan run.yaml --gpus-per-node 2 --gpu h200 --search --out fastest.yaml
 
     Exit codes: 0 fits (or no --gpu was given), 2 wrong usage, config or model, 3 does not fit.
     """
@@ -58,6 +67,12 @@ def command(
     cfg = _config(arguments, shape, grid.ranks)
     model, source, notes = _model(cfg, shape)
     job = planning.job_of(model, cfg, grid)
+    if searches or out:
+        return _search(job, gpu, gpus_per_node, out, as_json)
+    if cfg.recompute == "auto" and limit is None:
+        raise UsageError("recompute is auto, which depends on the GPU; say which with --gpu")
+    job = search.settled(job, limit)
+    cfg = job.cfg
     row = planning.plan(job)
     said = planning.answer(row["this_run"], grid.ranks, limit)
     ways = planning.ways_out(job, limit) if limit and said.fits is False else []
@@ -75,6 +90,32 @@ def command(
         click.echo("\n" + "\n".join([*notes, *_assumptions(row)]))
     if said.fits is False:
         click.get_current_context().exit(DoesNotFitError.exit_code)  # said above, as the answer and not as an error
+
+
+def _search(job: planning.Job, gpu: str | None, gpus_per_node: int, out: Path | None, as_json: bool) -> None:
+    """Print what fits, the fastest first, and write the first as a config."""
+    if gpu not in hardware.GPUS:
+        raise UsageError(f"--search needs --gpu with the name of a GPU, to know its speed: {', '.join(hardware.GPUS)}")
+    device, ranks = hardware.GPUS[gpu], job.grid.ranks
+    found = search.layouts(job.model, job.cfg, ranks, gpus_per_node, device)
+    rows = [{"changes": x.changes, "needed": x.needed, "tokens_per_second": round(x.tokens_per_second)} for x in found]
+    if as_json:
+        click.echo(json.dumps({"layouts": rows}, indent=2))
+    elif found:
+        lines = [[" ".join(x.changes), f"{x.tokens_per_second:,.0f}", binary(x.needed)] for x in found[:MOST_LAYOUTS]]
+        best = found[0]
+        click.echo(f"fastest of {len(found)} layouts that fit {_gpus(ranks)}: {' '.join(best.changes)}\n")
+        click.echo(table(lines, "layout", "tokens/s", "a GPU"))
+        click.echo(
+            f"\nTokens/s by formulas with one constant fitted on {speed.FITTED_ON}; the ranking is not measured."
+        )
+    else:
+        click.echo(f"no layout fits {_gpus(ranks)} of {device.memory_gib:g} GiB: more GPUs, or shorter blocks")
+    if found and out:
+        write_text_atomically(out, configfile.resolved_json(found[0].cfg))
+        click.echo(f"written: {out}", err=True)
+    if not found:
+        click.get_current_context().exit(DoesNotFitError.exit_code)
 
 
 def _config(arguments: tuple[str, ...], shape: str | None, ranks: int) -> RunConfig:
@@ -191,7 +232,7 @@ def _memory_table(row: dict[str, Any]) -> str:
             lines.append(["= model states, exact", *exact])
     lines.append(["= peak allocated", *(binary(job["allocated"]) for job in jobs.values())])
     lines.append(["  at the moment of", *(job["peak_moment"] for job in jobs.values())])
-    return _table(lines, "on each GPU", *jobs)
+    return table(lines, "on each GPU", *jobs)
 
 
 def _beside_table(row: dict[str, Any]) -> str:
@@ -204,7 +245,7 @@ def _beside_table(row: dict[str, Any]) -> str:
     lines.insert(2, ["= needed: peak allocated and these", *(binary(job["needed"]) for job in jobs.values())])
     lines.append(["host memory", *(binary(job["host"]) for job in jobs.values())])
     lines.append(["pinned while loading", *(binary(job["pinned"]) for job in jobs.values())])
-    return _table(lines, "beside it", *jobs)
+    return table(lines, "beside it", *jobs)
 
 
 def _assumptions(row: dict[str, Any]) -> list[str]:
@@ -229,7 +270,7 @@ def _disk_table(row: dict[str, Any]) -> str:
         ["export, 16 bits", *(binary(job["export"]) for job in jobs.values())],
         ["training checkpoint", *(binary(job["checkpoint"]) for job in jobs.values())],
     ]
-    return _table(lines, "on disk", *jobs)
+    return table(lines, "on disk", *jobs)
 
 
 def _job_table(row: dict[str, Any], shape: str | None, more: tuple[float, ...]) -> str:
@@ -247,17 +288,8 @@ def _job_table(row: dict[str, Any], shape: str | None, more: tuple[float, ...]) 
         lines.append([f"{label} a parameter, computed", decimal(full), decimal(run), f"{full / run:.1f}x"])
     if shape == "gpt3-175b":
         lines.append(list(PAPER))
-    return _table(lines, "model states, all GPUs together", "full fine-tuning", "this run", "ratio")
+    return table(lines, "model states, all GPUs together", "full fine-tuning", "this run", "ratio")
 
 
 def _jobs(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {text: row[name] for name, text in JOBS.items() if name in row}
-
-
-def _table(lines: list[list[str]], *headers: str) -> str:
-    """Plain text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
-    rows = [list(headers), ["-" * width for width in widths], *lines]
-    return "\n".join(
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in rows
-    )

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import positions_with_target
@@ -50,11 +51,13 @@ def target_share(data: Data) -> float:
 
 
 def device_gib(device: torch.device) -> float | None:
-    """What a run can have of this rank's GPU: all but what others use of it now; None on a CPU."""
+    """What a run can have of each rank's GPU: all but what others use now, the least of all ranks; None on CPUs."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    return round((free + torch.cuda.memory_reserved(device)) / GIB, 1)
+    least = torch.tensor(free + torch.cuda.memory_reserved(device), device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return round(int(least) / GIB, 1)
 
 
 def check(job: Job, row: dict[str, Any], limit_gib: float | None, ignore: bool) -> str:

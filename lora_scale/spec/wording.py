@@ -40,3 +40,12 @@ def decimal(nbytes: float) -> str:
     """In TB, GB, MB or kB, by thousands: as the literature counts, and as disks and networks are sold."""
     unit, name = next(((u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if nbytes >= u), (1e3, "kB"))
     return f"{nbytes / unit:.1f} {name}"
+
+
+def table(lines: list[list[str]], *headers: str) -> str:
+    """Plain text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
+    rows = [list(headers), ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in rows
+    )
