@@ -12,10 +12,11 @@ from lora_scale.parallel.world import World
 from lora_scale.spec import planning
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import DoesNotFitError, ModelError
-from lora_scale.spec.memory import GIB, Work
+from lora_scale.spec.memory import GIB, LIBRARIES, Work
 from lora_scale.spec.planning import Job
 from lora_scale.spec.shapes import architecture
 from lora_scale.spec.states import Grid
+from lora_scale.spec.wording import binary
 from lora_scale.storage.folder import ModelFolder
 
 SAMPLE = 64  # passes that are looked at for their targets
@@ -63,9 +64,10 @@ def device_gib(device: torch.device) -> float | None:
 def check(job: Job, row: dict[str, Any], limit_gib: float | None, ignore: bool) -> str:
     """The answer as one line; DoesNotFitError with what would make it fit, unless that is to be ignored."""
     said = planning.answer(row["this_run"], job.grid.ranks, limit_gib)
+    if limit_gib is None:  # a CPU: there is neither context nor NCCL, and host memory is not judged
+        return f"{binary(row['this_run']['allocated'] - LIBRARIES)} of tensors a rank at the fullest moment"
     if said.fits is not False or ignore:
-        return said.sentence.partition("; --gpu")[0]
-    assert limit_gib is not None
+        return said.sentence
     ways = ["; or ".join(" and ".join(way.changes) for way in planning.ways_out(job, limit_gib))]
     hint = f"\nthis would make it fit: {ways[0]}" if ways[0] else ""
     raise DoesNotFitError(f"{said.sentence}{hint}\n`lora-scale plan` shows why; --ignore-plan tries all the same")

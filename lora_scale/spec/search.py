@@ -43,7 +43,7 @@ class Layout:
 def layouts(
     model: Architecture, cfg: RunConfig, ranks: int, gpus_per_node: int, gpu: Gpu, sizes: Iterable[int] = (1,)
 ) -> list[Layout]:
-    """All that fit, the fastest first. `sizes`: of tensor parallelism; those that the model does not allow are left out."""
+    """All that fit, the fastest first. `sizes` of tensor parallelism that the model does not allow are left out."""
     found = []
     for tp in sizes:
         try:
