@@ -154,8 +154,16 @@ def held_by_deepspeed(here: Any, folder: str, changes: dict[str, Any]) -> dict[s
 def test_states_are_what_deepspeed_holds(ranks: int, changes: dict[str, Any], tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", hidden_size=36, intermediate_size=50, num_attention_heads=6, head_dim=6)
     held = run_ranks(ranks, "test_cost:held_by_deepspeed", str(folder), changes, folder=tmp_path / "ranks")
-    largest = {category: max(rank[category] for rank in held) for category in held[0]}
+    for rank in held:
+        by_product = {name.removeprefix("product's "): n for name, n in rank.items() if name.startswith("product's ")}
+        assert sum(by_product.values()) == rank["everything"], "the product's categories are not all that there is"
+        assert by_product.pop("gathered") == 0
+        padding = by_product.pop("base") - rank["base"]  # frozen tensors begin at multiples of 512 bytes
+        assert 0 <= padding < 512 * 64 and (padding == 0 or changes.get("method") != "full")
+        assert by_product == {name: rank[name] for name in by_product}
+        assert rank["microseconds a parameter"] < 500  # some ten; a step of a model this size takes 50 ms
+    names = ("base", "trained", "master", "gradients", "adam", "bucket")
+    largest = {category: max(rank[category] for rank in held) for category in (*names, "unexplained")}
     model = architecture(json.loads((folder / "config.json").read_text()))
     found = states.model_states(model, run_config(ranks, **changes), Grid(ranks))
-    planned = {name: getattr(found, name) for name in ("base", "trained", "master", "gradients", "adam", "bucket")}
-    assert largest == planned | {"unexplained": 0}
+    assert largest == {name: getattr(found, name) for name in names} | {"unexplained": 0}
