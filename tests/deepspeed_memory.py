@@ -1,13 +1,14 @@
 """Which bytes DeepSpeed holds for a tiny run, by walking the storages of every tensor there is; no formula is used."""
 
 import gc
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_scale.parallel import grid, load, recompute, setup, zero3
+from lora_scale.parallel import grid, load, memory, recompute, setup, zero3
 from lora_scale.parallel.engine import Engine, ds_config
 from lora_scale.parallel.world import World
 from lora_scale.spec.config import RunConfig
@@ -15,7 +16,7 @@ from lora_scale.storage.folder import open_folder
 
 
 def held(here: World, folder: Path, cfg: RunConfig) -> dict[str, int]:
-    """Bytes by category of cost.States after a step and one more backward pass, and those that no category explains."""
+    """Bytes by category of states.States after a step and one more backward pass, and those that none explains."""
     before = {storage._cdata for storage in _storages()}
     base = open_folder(folder)
     model, dropout, _ = setup.build_model(cfg, base)
@@ -37,7 +38,7 @@ def held(here: World, folder: Path, cfg: RunConfig) -> dict[str, int]:
         del logits
         if not last:
             ds.step()
-    return _by_category(ds, ids, before)
+    return _by_category(ds, ids, before) | _by_product(ds, ids, before)
 
 
 def _by_category(ds: Any, ids: Tensor, before: set[int]) -> dict[str, int]:
@@ -74,6 +75,20 @@ def _by_category(ds: Any, ids: Tensor, before: set[int]) -> dict[str, int]:
     small = 256  # bytes; counters, flags and Adam's step numbers
     sizes["unexplained"] = sum(nbytes for nbytes in rest if nbytes > small)
     return sizes
+
+
+def _by_product(ds: Any, ids: Tensor, before: set[int]) -> dict[str, int]:
+    """What the product's own walk finds, and every byte of storages there is but buffers, counters and flags."""
+    started = time.perf_counter()
+    tracked = memory.tracked(ds)
+    seconds = time.perf_counter() - started
+    aside = before | {ids.untyped_storage()._cdata} | {b.untyped_storage()._cdata for b in ds.module.buffers()}
+    storages = [storage.nbytes() for storage in _storages() if storage._cdata not in aside]
+    del tracked["buffers"]
+    found = {f"product's {name}": nbytes for name, nbytes in tracked.items()}
+    microseconds = round(1e6 * seconds / len(list(ds.module.parameters())))
+    everything = sum(nbytes for nbytes in storages if nbytes > 256)
+    return found | {"everything": everything, "microseconds a parameter": microseconds}
 
 
 def _held(parameter: Tensor) -> Tensor:

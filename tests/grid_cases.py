@@ -56,7 +56,7 @@ def loaded_parts(here: World, tree: dict[str, Any]) -> dict[str, Any]:
         job = start(here, tree, randomise=False)
     read = metrics.bytes_read() - before
     config = job.folder.config
-    cuts = splits.splits(shapes.architecture(config), config, job.engine.grid.tp_size)
+    cuts = splits.splits(shapes.architecture(config), job.engine.grid.tp_size)
     wrong = []
     for name, partition in job.loaded.partitions.items():
         name = lora.file_name(name)

@@ -22,8 +22,17 @@ DOORS = {
     "ruamel": {"spec"},
     "pydantic": {"spec"},
     "click": {"commands", ""},
+    "matplotlib": {"storage"},
+    "jinja2": {"storage"},
+    "pynvml": {"parallel"},
 }
-SLOW = {"datasets", "huggingface_hub", "transformers"}  # in storage only inside functions: `plan` answers within 1 s
+SLOW = {
+    "datasets",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "transformers",
+}  # in storage only inside functions: `plan` answers within 1 s
 TRAINING_LOOP = "commands/train.py"  # read top to bottom: one function of it, and the file, may be longer
 MAX_LINES, MAX_FUNCTION = 300, 59
 

@@ -15,7 +15,7 @@ from tiny import tiny_folder
 from torch import nn
 from training import config, write_rows
 
-from lora_scale.parallel import grid, load, metrics, setup, zero3
+from lora_scale.parallel import grid, load, memory, metrics, setup, zero3
 from lora_scale.parallel.engine import ds_config
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec.config import ParallelConfig, RunConfig
@@ -90,7 +90,7 @@ def bytes_of_loading(here: World, tree: dict[str, Any]) -> dict[str, Any]:
     cfg = RunConfig.model_validate(tree)
     load.empty(open_folder(cfg.model.path), cfg)  # imports and caches
     partitioner = _partitioner(tree) if cfg.parallel.zero_stage == 3 else None
-    before, anonymous = metrics.bytes_read(), metrics.host_memory()["RssAnon"]
+    before, anonymous = metrics.bytes_read(), memory.host_memory()["RssAnon"]
     folder = open_folder(cfg.model.path)
     on_rank_zero(lambda: fingerprint(folder))
     model = load.empty(folder, cfg)
@@ -120,7 +120,7 @@ class _Peak:
 
     def _watch(self) -> None:
         while not self._over.is_set():
-            self.value = max(self.value, metrics.host_memory()["RssAnon"])
+            self.value = max(self.value, memory.host_memory()["RssAnon"])
             time.sleep(0.002)
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,9 @@
 """`lora-scale report` on run directories of every state: whole, unfinished, resumed, damaged, and none at all."""
 
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -13,11 +15,14 @@ import pytest
 from timing import children_seconds
 
 from lora_scale.cli import main
-from lora_scale.spec import cost, named
+from lora_scale.spec import named, planning
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.shapes import architecture
+from lora_scale.spec.states import Grid
 from lora_scale.storage import weights
-from lora_scale.storage.runlog import RunLog
+from lora_scale.storage.runlog import RankMemory, RunLog
 
+GIB = 1 << 30
 ROOT = Path(__file__).parent.parent
 MANIFEST: dict[str, Any] = {
     "command": ["lora-scale", "train", "run.yaml", "lora.r=4"],
@@ -77,7 +82,12 @@ def section(text: str, title: str) -> str:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    rows = [{"step": 0, "val_loss": 4.5}, *(row(step) for step in range(1, 10)), row(10, val_loss=2.5)]
+    rows = [
+        {"step": 0, "val_loss": 4.5},
+        *(row(step) for step in range(1, 10)),
+        row(10, val_loss=2.5, save_seconds=0.25),
+    ]
+    rows[5]["save_seconds"] = 0.5
     return write_run(tmp_path / "first", rows)
 
 
@@ -99,7 +109,9 @@ def test_a_finished_run(capsys: pytest.CaptureFixture[str], run: Path) -> None:
         assert text in ran
     assert "| trained | 1,000 (0.100%) |" in ran
     assert "| weights read, first rank | 14.0 GB in 2.0 s (7.00 GB/s) |" in section(out, "Data and loading")
-    assert "| 10 | 3.0 MiB | adapter_model.safetensors 1.0 MiB, optimizer.safetensors 2.0 MiB |" in out
+    shown = "| 10 | 3.0 MiB | 0.25 s | adapter_model.safetensors 1.0 MiB, optimizer.safetensors 2.0 MiB |"
+    assert shown in section(out, "Checkpoints")
+    assert "Written too, and deleted since: step 5 in 0.50 s." in section(out, "Checkpoints")
 
 
 def test_figures_are_those_of_the_rows(capsys: pytest.CaptureFixture[str], run: Path) -> None:
@@ -111,18 +123,70 @@ def test_figures_are_those_of_the_rows(capsys: pytest.CaptureFixture[str], run: 
     assert speed.startswith("\n7 steps, the first 3 left out.\n")
     assert "| tokens/s | 700 | 400 | 1,000 |" in speed
     assert "| seconds in backward | 1 | 1 | 1 |" in speed
-    assert "| peak allocated | 60.00 GiB |" in section(out, "Memory")
+    assert "| peak allocated | 60.00 GiB |" in section(out, "Where the memory went")
     assert "MFU" not in speed, "no record has it"
 
 
+def planned() -> dict[str, Any]:
+    """A plan as the manifest holds it, of llama-7.2b on two GPUs."""
+    return planning.plan(
+        planning.job_of(architecture(named.shape("llama-7.2b")), RunConfig.model_validate(CONFIG), Grid(2))
+    )
+
+
+def measured(plan: dict[str, Any]) -> dict[str, Any]:
+    """A row's memory as a GPU would write it, 2% below what was planned."""
+    run = plan["this_run"]
+    held = {key: run["model_states"][key] for key in ("base", "trained", "master", "gradients", "adam", "bucket")}
+    peak = run["allocated"] / 1.02
+    phases = {"backward": {"peak": int(peak), "end": run["model_states"]["total"], "peak_reserved": int(peak * 1.1)}}
+    figures = {"peak_gib": peak / GIB, "peak_reserved_gib": peak * 1.1 / GIB, "rss_peak_gib": 2.0, "rss_anon_gib": 1.0}
+    return figures | {"categories": held, "tracked": sum(held.values()), "unexplained": 1 << 20, "phases": phases}
+
+
 def test_the_plan_stands_beside_the_measurement(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    cfg = RunConfig.model_validate(CONFIG | {"train": {"max_steps": 10}})
-    plan = cost.plan_row(named.shape("llama-7.2b"), cfg, 2)
-    _, out, _ = report(capsys, write_run(tmp_path / "run", [row(1)], plan=plan))
-    memory = section(out, "Memory")
-    assert "|  | this run | full fine-tuning |" in memory
-    assert "| base weights, frozen | 6.7 GiB |  |" in memory
-    assert "| **model states, exact** | 6.8 GiB | 60.9 GiB |" in memory
+    plan = planned()
+    run = write_run(tmp_path / "run", [row(1, memory=measured(plan))], plan=plan | {"warnings": ["r is large"]})
+    _, out, _ = report(capsys, run)
+    memory = section(out, "Where the memory went")
+    assert "planned were" in memory and "(+2.0%).**" in memory
+    assert "| base weights, frozen | 6.7 GiB | 6.7 GiB | +0.0% |" in memory
+    assert re.search(r"\| \*\*peak allocated\*\* \| .* \| .* \| \+2\.0% \|", memory)
+    assert "Unexplained between steps: 1.0 MiB" in memory
+    full = section(out, "LoRA beside full fine-tuning")
+    assert "|  | this run | full fine-tuning |" in full and "| **model states, exact** | 6.8 GiB | 60.9 GiB |" in full
+    assert "Full fine-tuning takes 9.0 times the model states" in full
+    assert "- r is large" in section(out, "Warnings")
+    picture = (run / "report-memory.svg").read_text()
+    for text in ("predicted: at the loss", "measured: backward", "measured: between steps", "base weights, frozen"):
+        assert text in picture
+
+
+def test_ranks_and_their_spread(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [row(1)])
+    for rank, peak in enumerate((10.0, 12.5)):
+        with RankMemory(run, rank) as log:
+            log.write({"step": 1, "peak_gib": peak, "tracked": 1 << 30})
+    ranks = section(report(capsys, run)[1], "Memory, rank by rank")
+    assert "Largest minus smallest over 2 ranks: peak allocated 2.50 GiB." in ranks
+    assert "| 1 | 12.50 GiB | 1.0 GiB |" in ranks
+
+
+def test_the_page_is_one_file_that_opens_offline(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    """Everything that the Markdown says, the pictures inside, nothing fetched, and what comes from outside escaped."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    plan = planned()
+    manifest |= {"command": ["<script>alert(1)</script>"], "plan": plan}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    _, out, _ = report(capsys, run)
+    text = (run / "report.html").read_text()
+    assert len(text) < 2_000_000 and text.count("<svg") == 3 and "<script>" not in text
+    assert not re.search(r"(?:src|href)=[\"'](?!#)", text) and "@import" not in text
+    seen = html.unescape(re.sub(r"<[^>]+>", " ", text))
+    for line in out.splitlines():
+        for cell in re.split(r"[|]", re.sub(r"[*`#]|^- |!\[.*", "", line)):
+            if cell.strip(" -:") and "alert" not in cell:
+                assert " ".join(cell.split()) in " ".join(seen.split()), cell
 
 
 def test_what_is_missing_is_said_to_be_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -136,8 +200,10 @@ def test_what_is_missing_is_said_to_be_missing(capsys: pytest.CaptureFixture[str
     assert "| commit | not recorded (an installed package has none) |" in out
     assert "| parameters | not recorded |" in out and "| weights read, first rank | not recorded |" in out
     assert "Computed before the run: not recorded." in out and "Measured: not recorded." in out
+    assert "Memory by rank: not recorded." in out
     assert "None." in section(out, "Checkpoints")
     assert "svg" not in out and not list(run.glob("*.svg"))
+    assert "not recorded" in (run / "report.html").read_text()
 
 
 def test_a_cpu_run_has_no_gpu_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -184,13 +250,15 @@ def test_a_damaged_checkpoint_is_named(capsys: pytest.CaptureFixture[str], run: 
     assert "None." in section(out, "Checkpoints")
 
 
-def test_out_and_the_picture_beside_it(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
-    _, out, _ = report(capsys, run, "--out", tmp_path / "page.md")
+def test_out_and_the_pictures_beside_it(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    _, out, _ = report(capsys, run, "--out", tmp_path / "page.html")
     assert (tmp_path / "page.md").read_text() == out and not (run / "report.md").exists()
-    assert "![loss by step](page-loss.svg)" in out
-    picture = ET.parse(tmp_path / "page-loss.svg").getroot()
-    lines = [e for e in picture.iter("{http://www.w3.org/2000/svg}polyline")]
-    assert [len(line.attrib["points"].split()) for line in lines] == [10, 2], "training, then validation"
+    assert "![Loss by step](page-loss.svg)" in out and "![Tokens/s by step](page-speed.svg)" in out
+    for name in ("loss", "speed"):
+        assert ET.parse(tmp_path / f"page-{name}.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("page*")}
+    report(capsys, run, "--out", tmp_path / "page.html")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("page*")}, "the same records, another page"
 
 
 def test_every_table_row_has_as_many_cells_as_its_head(capsys: pytest.CaptureFixture[str], run: Path) -> None:
@@ -228,19 +296,20 @@ def test_out_in_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str], r
     assert code == 2 and "is no folder; make it first" in err
 
 
-def test_it_answers_within_a_second_without_torch(run: Path) -> None:
+def test_it_draws_within_four_seconds_without_torch(run: Path) -> None:
+    """Processor seconds, the best of two; most of them are matplotlib's import and first picture."""
     code = (
         "import sys; from lora_scale.cli import main\n"
         f"try: main(['report', {str(run)!r}])\n"
         "except SystemExit as exit: assert not exit.code, exit.code\n"
-        "heavy = {'torch', 'deepspeed', 'transformers', 'numpy', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'pandas', 'matplotlib.pyplot'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     seconds = []
-    for _ in range(3):
+    for _ in range(2):
         started = children_seconds()
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
         seconds.append(children_seconds() - started)
         assert done.returncode == 0, done.stderr
-    assert min(seconds) < 1.0, seconds
+    assert min(seconds) < 4.0, seconds

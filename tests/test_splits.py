@@ -15,15 +15,13 @@ CUT = [name for name, row in FAMILIES.items() if row.colwise]
 
 
 def of(model_type: str, ranks: int, **changes: Any) -> dict[str, Split]:
-    config = tiny_config(model_type, **changes).to_dict()
-    return splits(architecture(config), config, ranks)
+    return splits(architecture(tiny_config(model_type, **changes).to_dict()), ranks)
 
 
 @pytest.mark.parametrize("model_type", CUT)
 def test_every_matrix_is_cut_and_the_shards_are_the_whole(model_type: str) -> None:
-    config = tiny_config(model_type).to_dict()
-    model = architecture(config)
-    found = splits(model, config, 2)
+    model = architecture(tiny_config(model_type).to_dict())
+    found = splits(model, 2)
     for parameter in model.parameters:
         split = found.get(parameter.name)
         if split is None:  # norms, routers, positions: small, and each rank needs all of it

@@ -5,21 +5,24 @@ The arithmetic is `spec.cost`'s; this verb finds the model, asks, and shows the 
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lora_scale.spec import configfile, cost, hardware, named, targets
+from lora_scale.spec import configfile, cost, hardware, memory, named, planning, search, speed, targets
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import DoesNotFitError, ModelError, UsageError
 from lora_scale.spec.shapes import BUILDERS, architecture, from_tensors
-from lora_scale.spec.wording import ESTIMATES, GIB, STATES, binary, decimal
+from lora_scale.spec.states import grid_of
+from lora_scale.spec.wording import BESIDE, CATEGORIES, JOBS, PAPER, STATES, binary, decimal, table
+from lora_scale.storage.durable import write_text_atomically
 from lora_scale.storage.folder import ModelFolder, open_folder, sources
 
+MOST_LAYOUTS = 12
 NOTHING = ""  # an empty cell: the figure does not exist, or is 0
-PAPER = ("LoRA paper (2106.09685), quoted, not computed", "1.2 TB", "350 GB", "3.4x")
 
 
 @click.command()
@@ -28,9 +31,27 @@ PAPER = ("LoRA paper (2106.09685), quoted, not computed", "1.2 TB", "350 GB", "3
 @click.option("--gpus-per-node", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs on each.")
 @click.option("--gpu", help=f"What the run must fit on: {', '.join(hardware.GPUS)}, or the GiB of one GPU.")
 @click.option("--shape", metavar="NAME", help="A well-known model instead of model.path; CONFIG may be left out then.")
+@click.option(
+    "--bytes-per-parameter",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    help="Another convention of what a trained parameter costs, beside 2 and 16 bytes.",
+)
+@click.option(
+    "--search", "searches", is_flag=True, help="Find layouts that fit --gpu, the fastest first, by a model of time."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="With --search: write the fastest as a config.")
 @click.option("--json", "as_json", is_flag=True, help="Figures only, in bytes.")
 def command(
-    arguments: tuple[str, ...], nodes: int, gpus_per_node: int, gpu: str | None, shape: str | None, as_json: bool
+    arguments: tuple[str, ...],
+    nodes: int,
+    gpus_per_node: int,
+    gpu: str | None,
+    shape: str | None,
+    bytes_per_parameter: tuple[float, ...],
+    searches: bool,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Say what a run needs on each GPU, before it is queued.
 
@@ -38,23 +59,64 @@ def command(
     lora-scale plan run.yaml --gpus-per-node 8 --gpu h200
     lora-scale plan run.yaml lora.r=64 data.seq_len=8192 --nodes 2 --gpus-per-node 8 --gpu 80
     lora-scale plan --shape gpt3-175b lora.r=4
+    lora-scale plan run.yaml --gpus-per-node 2 --gpu h200 --search --out fastest.yaml
 
     Exit codes: 0 fits (or no --gpu was given), 2 wrong usage, config or model, 3 does not fit.
     """
-    ranks, memory = nodes * gpus_per_node, None if gpu is None else hardware.memory_gib(gpu)
+    ranks, limit = nodes * gpus_per_node, None if gpu is None else hardware.memory_gib(gpu)
     cfg = _config(arguments, shape, ranks)
     model, source, notes = _model(cfg, shape)
-    row = cost.plan(model, cfg, ranks)
-    answer, fits = _answer(row["this_run"], memory, ranks)
+    grid = grid_of(model, cfg, ranks, gpus_per_node)
+    job = planning.job_of(model, cfg, grid)
+    if searches or out:
+        return _search(job, gpu, gpus_per_node, out, as_json)
+    if cfg.recompute == "auto" and limit is None:
+        raise UsageError("recompute is auto, which depends on the GPU; say which with --gpu")
+    job = search.settled(job, limit)
+    cfg = job.cfg
+    row = planning.plan(job)
+    said = planning.answer(row["this_run"], grid.ranks, limit)
+    ways = planning.ways_out(job, limit) if limit and said.fits is False else []
     if as_json:
-        click.echo(json.dumps({"fits": fits, "gpu_gib": memory, "model": source} | row, indent=2))
+        found = {"fits": said.fits, "gpu_gib": limit, "model": source} | row | {"ways_out": [asdict(w) for w in ways]}
+        click.echo(json.dumps(found, indent=2))
     else:
-        click.echo("\n".join([answer, "", *_about(row, model, source, cfg, (nodes, gpus_per_node)), ""]))
-        click.echo("\n\n".join([_memory_table(row), _disk_table(row), _job_table(row, shape)]))
-        notes.append(f"Not counted: {cost.NOT_COUNTED}. Estimates are formulas, not yet held against measurements.")
-        click.echo("\n" + "\n".join(notes))
-    if fits is False:
+        lines = [said.sentence, *_ways(ways, said.fits), "", *_about(row, model, source, cfg, (nodes, gpus_per_node))]
+        click.echo("\n".join([*lines, *(f"warning {text}" for text in row["warnings"]), ""]))
+        click.echo(
+            "\n\n".join(
+                [_memory_table(row), _beside_table(row), _disk_table(row), _job_table(row, shape, bytes_per_parameter)]
+            )
+        )
+        click.echo("\n" + "\n".join([*notes, *_assumptions(row)]))
+    if said.fits is False:
         click.get_current_context().exit(DoesNotFitError.exit_code)  # said above, as the answer and not as an error
+
+
+def _search(job: planning.Job, gpu: str | None, gpus_per_node: int, out: Path | None, as_json: bool) -> None:
+    """Print what fits, the fastest first, and write the first as a config."""
+    if gpu not in hardware.GPUS:
+        raise UsageError(f"--search needs --gpu with the name of a GPU, to know its speed: {', '.join(hardware.GPUS)}")
+    device, ranks = hardware.GPUS[gpu], job.grid.ranks
+    found = search.layouts(job.model, job.cfg, ranks, gpus_per_node, device)
+    rows = [{"changes": x.changes, "needed": x.needed, "tokens_per_second": round(x.tokens_per_second)} for x in found]
+    if as_json:
+        click.echo(json.dumps({"layouts": rows}, indent=2))
+    elif found:
+        lines = [[" ".join(x.changes), f"{x.tokens_per_second:,.0f}", binary(x.needed)] for x in found[:MOST_LAYOUTS]]
+        best = found[0]
+        click.echo(f"fastest of {len(found)} layouts that fit {_gpus(ranks)}: {' '.join(best.changes)}\n")
+        click.echo(table(lines, "layout", "tokens/s", "a GPU"))
+        click.echo(
+            f"\nTokens/s by formulas with one constant fitted on {speed.FITTED_ON}; the ranking is not measured."
+        )
+    else:
+        click.echo(f"no layout fits {_gpus(ranks)} of {device.memory_gib:g} GiB: more GPUs, or shorter blocks")
+    if found and out:
+        write_text_atomically(out, configfile.resolved_json(found[0].cfg))
+        click.echo(f"written: {out}", err=True)
+    if not found:
+        click.get_current_context().exit(DoesNotFitError.exit_code)
 
 
 def _config(arguments: tuple[str, ...], shape: str | None, ranks: int) -> RunConfig:
@@ -119,19 +181,17 @@ def _checked(folder: ModelFolder) -> tuple[Architecture, str, list[str]]:
     return model, f"{folder.path}, config.json and the headers of {len(folder.files)} files agree", []
 
 
-def _answer(run: dict[str, Any], memory: float | None, ranks: int) -> tuple[str, bool | None]:
-    """The first line, and whether the run fits (None: it was not said on what)."""
-    held, whole = run["model_states"]["total"], run["model_states"]["total"] + run["estimates"]["total"]
-    if memory is None:
-        return f"model states: {binary(held)} a GPU on {_gpus(ranks)}, about {binary(whole)} with estimates", None
-    of = f"of {memory:g} GiB a GPU on {_gpus(ranks)}"
-    if held > memory * GIB:
-        return f"does not fit: model states alone are {binary(held)} {of}", False
-    verdict = "fits" if whole <= memory * GIB else "does not fit, by estimate"
-    return (
-        f"{verdict}: model states {binary(held)}, about {binary(whole)} with estimates, {of}",
-        verdict == "fits",
-    )
+def _ways(ways: list[planning.WayOut], fits: bool | None) -> list[str]:
+    """What would make it fit, below the answer."""
+    if fits is not False:
+        return []
+    if not ways:
+        return ["nothing that was tried makes it fit: recompute, smaller passes, more GPUs, shorter blocks"]
+    if len(ways) == 1 and len(ways[0].changes) > 1:
+        changes = ", ".join(ways[0].changes)
+        return [f"these {len(ways[0].changes)} changes would make it fit: {changes} ({binary(ways[0].needed)})"]
+    each = ", or ".join(f"{way.changes[0]} ({binary(way.needed)})" for way in ways)
+    return [f"this would make it fit: {each}"]
 
 
 def _gpus(ranks: int) -> str:
@@ -161,18 +221,48 @@ def _about(row: dict[str, Any], model: Architecture, source: str, cfg: RunConfig
 
 
 def _memory_table(row: dict[str, Any]) -> str:
+    """At the fullest moment of each job, and what stays through the step."""
     jobs = _jobs(row)
+    fullest = [job["moments"][job["peak_moment"]] for job in jobs.values()]
     lines: list[list[str]] = []
-    for kind, labels in (("model_states", STATES), ("estimates", ESTIMATES)):
-        for name, label in labels.items():
-            cells = [binary(job[kind][name]) if job[kind][name] else NOTHING for job in jobs.values()]
-            if any(cells):
-                lines.append([label, *cells])
-        if kind == "model_states":
-            lines.append(["= model states, exact", *(binary(job[kind]["total"]) for job in jobs.values())])
-    whole = [binary(job["model_states"]["total"] + job["estimates"]["total"]) for job in jobs.values()]
-    lines.append(["= with the estimates above", *whole])
-    return _table(lines, "on each GPU", *jobs)
+    for name, label in CATEGORIES.items():
+        if any(moment[name] for moment in fullest):
+            lines.append([label, *(binary(moment[name]) if moment[name] else NOTHING for moment in fullest)])
+        if name == list(STATES)[-1]:
+            exact = [binary(job["model_states"]["total"]) for job in jobs.values()]
+            lines.append(["= model states, exact", *exact])
+    lines.append(["= peak allocated", *(binary(job["allocated"]) for job in jobs.values())])
+    lines.append(["  at the moment of", *(job["peak_moment"] for job in jobs.values())])
+    return table(lines, "on each GPU", *jobs)
+
+
+def _beside_table(row: dict[str, Any]) -> str:
+    """What torch's allocator has no books of, on the GPU and on the host."""
+    jobs = _jobs(row)
+    lines = [
+        [label, *(binary(job[name]) if job[name] else NOTHING for job in jobs.values())]
+        for name, label in BESIDE.items()
+    ]
+    lines.insert(2, ["= needed: peak allocated and these", *(binary(job["needed"]) for job in jobs.values())])
+    lines.append(["host memory", *(binary(job["host"]) for job in jobs.values())])
+    lines.append(["pinned while loading", *(binary(job["pinned"]) for job in jobs.values())])
+    return table(lines, "beside it", *jobs)
+
+
+def _assumptions(row: dict[str, Any]) -> list[str]:
+    """What the figures stand on, last."""
+    assumes, run = row["assumes"], row["this_run"]
+    documents = "blocks of several documents or with padding, kept apart by a mask"
+    documents = documents if assumes["masked"] else "attention without a mask"
+    lines = [
+        f"Assumed: {documents}; a target at {assumes['target_share']:.0%} of the positions (logits are computed where "
+        "there is one).",
+        f"Exact: parameters, model states, sizes on disk. Calibrated on {memory.CALIBRATED_ON}: gathered parameters, "
+        "workspaces of libraries, allocator waste. Assumed, not measured: CUDA context, NCCL.",
+    ]
+    if run["by_analogy"]:
+        lines.append("Activations are counted by analogy with Llama: this family's own have not been counted.")
+    return lines
 
 
 def _disk_table(row: dict[str, Any]) -> str:
@@ -181,34 +271,26 @@ def _disk_table(row: dict[str, Any]) -> str:
         ["export, 16 bits", *(binary(job["export"]) for job in jobs.values())],
         ["training checkpoint", *(binary(job["checkpoint"]) for job in jobs.values())],
     ]
-    return _table(lines, "on disk", *jobs)
+    return table(lines, "on disk", *jobs)
 
 
-def _job_table(row: dict[str, Any], shape: str | None) -> str:
+def _job_table(row: dict[str, Any], shape: str | None, more: tuple[float, ...]) -> str:
     """All GPUs together, in the decimal units of the literature, by each convention of what a parameter costs."""
     whole, trained = row["parameters"]["total"], row["this_run"]["trainable"]
     lines = []
-    for label, each in (
+    conventions: list[tuple[str, float]] = [
         ("weights only, 2 bytes", 2),
         (f"mixed-precision Adam, {cost.MIXED_ADAM} bytes", cost.MIXED_ADAM),
-    ):
+        *((f"{each:g} bytes", each) for each in more),
+    ]
+    for label, each in conventions:
         full = each * whole
         run = full if "full_fine_tuning" not in row else 2 * whole + each * trained
         lines.append([f"{label} a parameter, computed", decimal(full), decimal(run), f"{full / run:.1f}x"])
     if shape == "gpt3-175b":
         lines.append(list(PAPER))
-    return _table(lines, "model states, all GPUs together", "full fine-tuning", "this run", "ratio")
+    return table(lines, "model states, all GPUs together", "full fine-tuning", "this run", "ratio")
 
 
 def _jobs(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    names = {"this_run": "this run", "full_fine_tuning": "full fine-tuning"}
-    return {text: row[name] for name, text in names.items() if name in row}
-
-
-def _table(lines: list[list[str]], *headers: str) -> str:
-    """Plain text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
-    rows = [list(headers), ["-" * width for width in widths], *lines]
-    return "\n".join(
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in rows
-    )
+    return {text: row[name] for name, text in JOBS.items() if name in row}

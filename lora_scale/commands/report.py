@@ -1,4 +1,4 @@
-"""`lora-scale report`: a run directory as a Markdown page, with a picture of the loss beside it. Reads records only.
+"""`lora-scale report`: a run directory as one HTML page, and as Markdown with pictures beside it. Reads records only.
 
 Nothing here is computed anew but sums, medians and shares: a figure that no record holds is said to be missing.
 """
@@ -10,23 +10,15 @@ from typing import Any
 
 import click
 
+from lora_scale.commands.report_memory import MISSING, beside_full, by_rank, largest, memory_of, where_it_went
 from lora_scale.spec.errors import UsageError
-from lora_scale.spec.wording import ESTIMATES, STATES, binary, decimal
-from lora_scale.storage import chart, checkpoints, runlog
+from lora_scale.spec.wording import binary, decimal
+from lora_scale.storage import checkpoints, figures, page, runlog
 from lora_scale.storage.durable import write_text_atomically
+from lora_scale.storage.page import Block, Bullets, Picture, Text, table
 
-MISSING = "not recorded"
 WARM_UP = 3  # steps left out of medians of speed: compilation, caches, the first allocation of everything
 Rows = Sequence[dict[str, Any]]
-JOBS = {"this_run": "this run", "full_fine_tuning": "full fine-tuning"}
-MEASURED = {  # key of a row's memory: its name here; the largest over the run counts
-    "peak_gib": "peak allocated",
-    "allocated_gib": "allocated between steps",
-    "peak_reserved_gib": "peak reserved by the allocator",
-    "reserved_gib": "reserved by the allocator",
-    "rss_anon_gib": "host memory, anonymous",
-    "rss_peak_gib": "host memory, peak resident",
-}
 SPEEDS = {
     "tokens_per_second": "tokens/s",
     "tokens_per_second_per_gpu": "tokens/s a GPU (or rank)",
@@ -38,48 +30,43 @@ SPEEDS = {
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The page's file. Default: RUN/report.md.")
+@click.option("--out", type=click.Path(path_type=Path), help="The page's file, .html. Default: RUN/report.html.")
 def command(run: Path, out: Path | None) -> None:
-    """Write what RUN's records say as a Markdown page, and print it.
+    """Write what RUN's records say as one HTML page, and as Markdown beside it, which is printed.
 
     \b
     lora-scale report runs/first
-    lora-scale report runs/first --out first.md
+    lora-scale report runs/first --out first.html
 
-    RUN is the run_dir of a training run, finished or not.
+    RUN is the run_dir of a training run, finished or not. The page holds its pictures and opens offline.
 
     Exit codes: 0 written, 2 RUN is no run directory or a record in it is damaged.
     """
     rows, manifest = runlog.read_metrics(run), runlog.read_manifest(run)
-    config = runlog.read_resolved_config(run)
-    path = out or run / "report.md"
+    config, ranks = runlog.read_resolved_config(run), runlog.read_memory(run)
+    path = out or run / "report.html"
     if not path.parent.is_dir():
         raise UsageError(f"--out is {path}, but {path.parent} is no folder; make it first")
-    picture = path.with_name(f"{path.stem}-loss.svg")
-    curves = _curves(rows)
-    text = page(run, rows, manifest, config, picture.name if curves else None)
-    if curves:
-        write_text_atomically(picture, chart.line_chart("Loss, nats a token", "optimizer step", curves))
-    write_text_atomically(path, text)
-    click.echo(text, nl=False)
-    click.echo(f"written: {path}{f' and {picture}' if curves else ''}", err=True)
-
-
-def page(run: Path, rows: Rows, manifest: dict[str, Any], config: dict[str, Any], picture: str | None) -> str:
-    """The whole page."""
-    sections: dict[str, list[str]] = {
+    title, summary = f"Run {run.resolve().name}", _summary(rows, manifest, config)
+    sections: dict[str, list[Block]] = {
         "Warnings": _warnings(run, rows, manifest, config),
-        "What ran": _what_ran(manifest),
-        "Memory": _memory(rows, manifest),
-        "Loss": _loss(rows, picture),
+        "Where the memory went": where_it_went(rows, manifest),
+        "Memory, rank by rank": by_rank(ranks),
+        "LoRA beside full fine-tuning": beside_full(manifest.get("plan") or {}),
+        "Loss": _loss(rows),
         "Speed": _speed(rows),
-        "Checkpoints": _checkpoints(run),
+        "Checkpoints": _checkpoints(run, rows),
+        "What ran": _what_ran(manifest),
         "Data and loading": _data(manifest),
     }
-    lines = [f"# Run {run.resolve().name}", "", _summary(rows, manifest, config)]
-    for title, body in sections.items():
-        lines += ["", f"## {title}", "", *body]
-    return "\n".join(lines) + "\n"
+    text = page.markdown(title, summary, sections, path.stem)
+    for block in (block for blocks in sections.values() for block in blocks):
+        if isinstance(block, Picture):
+            write_text_atomically(path.with_name(f"{path.stem}-{block.name}.svg"), block.svg)
+    write_text_atomically(path.with_suffix(".md"), text)
+    write_text_atomically(path.with_suffix(".html"), page.as_html(title, summary, sections))
+    click.echo(text, nl=False)
+    click.echo(f"written: {path.with_suffix('.html')} and {path.with_suffix('.md')}", err=True)
 
 
 def _summary(rows: Rows, manifest: dict[str, Any], config: dict[str, Any]) -> str:
@@ -97,12 +84,12 @@ def _summary(rows: Rows, manifest: dict[str, Any], config: dict[str, Any]) -> st
         parts.append(f"validation loss {validation[0]:.4f} -> {validation[-1]:.4f}")
     if speeds := _column(steps[WARM_UP:] or steps, "tokens_per_second"):
         parts.append(f"{median(speeds):,.0f} tokens/s on {_count(manifest.get('ranks'), 'rank')}")
-    if peaks := _memory_column(rows, "peak_gib"):
-        parts.append(f"peak {max(peaks):.1f} GiB allocated on the first GPU")
+    if (peak := largest(memory_of(rows), "peak_gib")) is not None:
+        parts.append(f"peak {peak:.1f} GiB allocated on the first GPU")
     return "; ".join(parts) + "."
 
 
-def _what_ran(manifest: dict[str, Any]) -> list[str]:
+def _what_ran(manifest: dict[str, Any]) -> list[Block]:
     command, hardware, versions = (manifest.get(key) for key in ("command", "hardware", "versions"))
     shown = " ".join(command) if isinstance(command, list) else command
     lines = [
@@ -122,55 +109,27 @@ def _what_ran(manifest: dict[str, Any]) -> list[str]:
     lines.append(["parameters", f"{total:,}" if total else MISSING])
     share = f" ({trainable / total:.3%})" if total and trainable else ""
     lines.append(["trained", f"{trainable:,}{share}" if trainable else MISSING])
-    return _table(["", ""], lines)
+    return [table(["", ""], lines)]
 
 
-def _memory(rows: Rows, manifest: dict[str, Any]) -> list[str]:
-    """Predicted per rank beside full fine-tuning, then measured on the first rank."""
-    plan = manifest.get("plan") or {}
-    jobs = [name for name in JOBS if name in plan]
-    body = []
-    if jobs:
-        lines = []
-        for kind, labels in (("model_states", STATES), ("estimates", ESTIMATES)):
-            for key, label in labels.items():
-                cells = [plan[job].get(kind, {}).get(key) or 0 for job in jobs]
-                if any(cells):
-                    lines.append([label, *(binary(cell) if cell else "" for cell in cells)])
-            if kind == "model_states":
-                lines.append(["**model states, exact**", *(binary(plan[job][kind]["total"]) for job in jobs)])
-        both = [binary(plan[job]["model_states"]["total"] + plan[job]["estimates"]["total"]) for job in jobs]
-        lines.append(["**with the estimates above**", *both])
-        body += ["Computed before the run, a rank:", "", *_table(["", *(JOBS[job] for job in jobs)], lines), ""]
-    else:
-        body += [f"Computed before the run: {plan.get('unknown', MISSING)}.", ""]
-    measured = {label: _memory_column(rows, key) for key, label in MEASURED.items()}
-    lines = [[label, f"{max(values):,.2f} GiB"] for label, values in measured.items() if values]
-    if lines:
-        body += ["Measured on the first rank, the largest over the run:", "", *_table(["", "this run"], lines)]
-    else:
-        body.append(f"Measured: {MISSING}.")
-    if not _memory_column(rows, "peak_gib"):
-        body += [
-            "",
-            f"GPU memory: {MISSING} (the run had no GPU)." if _has_no_gpu(manifest) else f"GPU memory: {MISSING}.",
-        ]
-    return body
-
-
-def _loss(rows: Rows, picture: str | None) -> list[str]:
+def _loss(rows: Rows) -> list[Block]:
     lines = []
     for key, label in {"loss": "loss", "val_loss": "validation loss", "grad_norm": "gradient norm", "lr": "lr"}.items():
         if values := _column(rows, key):
-            figures = (values[0], values[-1], median(values), min(values), max(values))
-            lines.append([label, *(f"{value:.5g}" for value in figures)])
-    body = _table(["", "first", "last", "median", "least", "most"], lines) if lines else [f"Loss: {MISSING}."]
+            shown = (values[0], values[-1], median(values), min(values), max(values))
+            lines.append([label, *(f"{value:.5g}" for value in shown)])
+    blocks: list[Block] = []
+    if curves := _curves(rows, {"training": "loss", "validation": "val_loss"}):
+        blocks.append(Picture("loss", "Loss by step", figures.curves("Loss, nats a token", "optimizer step", curves)))
+    blocks.append(
+        table(["", "first", "last", "median", "least", "most"], lines) if lines else Text(f"Loss: {MISSING}.")
+    )
     if not _column(rows, "val_loss"):
-        body += ["", f"Validation loss: {MISSING}."]
-    return body + (["", f"![loss by step]({picture})"] if picture else [])
+        blocks.append(Text(f"Validation loss: {MISSING}."))
+    return blocks
 
 
-def _speed(rows: Rows) -> list[str]:
+def _speed(rows: Rows) -> list[Block]:
     steps = _steps(rows)
     counted = steps[WARM_UP:] or steps
     lines = []
@@ -182,21 +141,32 @@ def _speed(rows: Rows) -> list[str]:
         values = [row["phase_seconds"][name] for row in counted if name in (row.get("phase_seconds") or {})]
         lines.append([f"seconds in {name}", f"{median(values):,.4g}", f"{min(values):,.4g}", f"{max(values):,.4g}"])
     if not lines:
-        return [f"Speed: {MISSING}."]
+        return [Text(f"Speed: {MISSING}.")]
     left_out = f", the first {WARM_UP} left out" if len(steps) > WARM_UP else ""
-    return [f"{len(counted)} steps{left_out}.", "", *_table(["", "median", "least", "most"], lines)]
+    blocks: list[Block] = [Text(f"{len(counted)} steps{left_out}.")]
+    if curves := _curves(steps, {"tokens/s": "tokens_per_second"}):
+        blocks.append(
+            Picture("speed", "Tokens/s by step", figures.curves("Tokens/s, all ranks", "optimizer step", curves))
+        )
+    return [*blocks, table(["", "median", "least", "most"], lines)]
 
 
-def _checkpoints(run: Path) -> list[str]:
+def _checkpoints(run: Path, rows: Rows) -> list[Block]:
+    seconds = {row["step"]: row["save_seconds"] for row in rows if "save_seconds" in row}
     lines = []
     for step, path in checkpoints.list_checkpoints(run / runlog.CHECKPOINTS):
         sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-        largest = ", ".join(f"{name} {binary(size)}" for name, size in sizes.items() if name.endswith(".safetensors"))
-        lines.append([step, binary(sum(sizes.values())), largest])
-    return _table(["step", "size", "tensors"], lines) if lines else ["None."]
+        tensors = ", ".join(f"{name} {binary(size)}" for name, size in sizes.items() if name.endswith(".safetensors"))
+        took = f"{seconds[step]:.2f} s" if step in seconds else MISSING
+        lines.append([step, binary(sum(sizes.values())), took, tensors])
+    blocks: list[Block] = [table(["step", "size", "written in", "tensors"], lines) if lines else Text("None.")]
+    gone = [
+        f"step {step} in {value:.2f} s" for step, value in seconds.items() if step not in {line[0] for line in lines}
+    ]
+    return blocks + ([Text(f"Written too, and deleted since: {', '.join(gone)}.")] if gone else [])
 
 
-def _data(manifest: dict[str, Any]) -> list[str]:
+def _data(manifest: dict[str, Any]) -> list[Block]:
     load, data = manifest.get("load") or {}, manifest.get("data") or {}
     lines = [
         [key.replace("_", " "), f"{value:,}" if isinstance(value, int | float) else value]
@@ -209,10 +179,10 @@ def _data(manifest: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(["weights read, first rank", MISSING])
-    return _table(["", ""], lines)
+    return [table(["", ""], lines)]
 
 
-def _warnings(run: Path, rows: Rows, manifest: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def _warnings(run: Path, rows: Rows, manifest: dict[str, Any], config: dict[str, Any]) -> list[Block]:
     """What a reader of the figures below must know first."""
     steps, validation, found = _steps(rows), _column(rows, "val_loss"), []
     asked = (config.get("train") or {}).get("max_steps")
@@ -232,7 +202,8 @@ def _warnings(run: Path, rows: Rows, manifest: dict[str, Any], config: dict[str,
         found.append("the program had changes that its commit does not hold")
     for path, what in checkpoints.list_damaged(run / runlog.CHECKPOINTS):
         found.append(f"checkpoint {path.name} is damaged: {what}")
-    return [f"- {text}" for text in found] or ["None."]
+    found += (manifest.get("plan") or {}).get("warnings", [])
+    return [Bullets(tuple(found))] if found else [Text("None.")]
 
 
 def _steps(rows: Rows) -> Rows:
@@ -244,18 +215,10 @@ def _column(rows: Rows, key: str) -> list[float]:
     return [row[key] for row in rows if isinstance(row.get(key), int | float)]
 
 
-def _memory_column(rows: Rows, key: str) -> list[float]:
-    return _column([{"step": row["step"], **(row.get("memory") or {})} for row in rows], key)
-
-
-def _curves(rows: Rows) -> dict[str, list[tuple[float, float]]]:
-    named = {"training": "loss", "validation": "val_loss"}
-    curves = {n: [(row["step"], row[k]) for row in rows if isinstance(row.get(k), float)] for n, k in named.items()}
-    return {name: points for name, points in curves.items() if points}
-
-
-def _has_no_gpu(manifest: dict[str, Any]) -> bool:
-    return (manifest.get("hardware") or {}).get("device") == "cpu"
+def _curves(rows: Rows, named: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
+    """(step, value) of each key that some row has."""
+    found = {n: [(row["step"], row[k]) for row in rows if isinstance(row.get(k), float)] for n, k in named.items()}
+    return {name: points for name, points in found.items() if points}
 
 
 def _pairs(values: Any) -> str:
@@ -266,14 +229,3 @@ def _pairs(values: Any) -> str:
 
 def _count(number: Any, noun: str) -> str:
     return f"{MISSING} {noun}s" if number is None else f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _table(headers: Sequence[str], lines: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table; the first column to the left, figures to the right."""
-    numeric = len(headers) > 2
-    rule = ["---", *("--:" if numeric else "---" for _ in headers[1:])]
-    return [_row(cells) for cells in (headers, rule, *lines)]
-
-
-def _row(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -15,17 +15,18 @@ from typing import Any
 import click
 import torch
 
-from lora_scale.parallel import checkpoint, guards, local, metrics, setup, world
+from lora_scale.parallel import checkpoint, fits, guards, local, memory, metrics, setup, world
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
-from lora_scale.spec import configfile, cost
+from lora_scale.spec import configfile, planning, search
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import CheckpointError, ConfigError, InterruptedRunError, LoraScaleError, UsageError
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage import checkpoints, console, durable, provenance, runlog
 from lora_scale.storage.console import Console, StopRequest, bar, size
+from lora_scale.storage.folder import ModelFolder
 from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 
 
@@ -35,7 +36,8 @@ from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 @click.option(
     "--ranks", type=click.IntRange(min=1), help="Local ranks to start. Default: one a visible GPU, or one process."
 )
-def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+@click.option("--ignore-plan", is_flag=True, help="Start even where the plan says that it will not fit.")
+def command(config: Path, overrides: tuple[str, ...], ranks: int | None, ignore_plan: bool) -> None:
     """Train as CONFIG says: an adapter on a frozen, sharded base, or every weight (method=full).
 
     \b
@@ -62,10 +64,10 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None
             sys.exit(error.exit_code)
         raise
     if here is None and (count := ranks or local.default_ranks()) > 1:
-        arguments = ["train", str(config), *overrides]
+        arguments = ["train", str(config), *overrides, *(["--ignore-plan"] if ignore_plan else [])]
         click.echo(f"{count} local ranks: {local.shown(count, arguments)}")
         sys.exit(local.run(count, arguments, cfg.run_dir))
-    sys.exit(_guarded(cfg, config, here, log))
+    sys.exit(_guarded(cfg, config, here, log, ignore_plan))
 
 
 def _log_path(cfg: RunConfig, rank: int) -> Path:
@@ -76,7 +78,7 @@ def _log_path(cfg: RunConfig, rank: int) -> Path:
         raise ConfigError(f"{where} ({error.filename}: {error.strerror}); set another run_dir") from error
 
 
-def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path) -> int:
+def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path, ignore_plan: bool) -> int:
     """Run, and let exactly one rank tell the screen what went wrong, after everything else, with its log's path."""
     rank, token, code = here.rank if here else 0, world.launch_token(here), 0
     screen = Console(rank)
@@ -86,7 +88,7 @@ def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path) -> int
         try:
             here = world.start(here, cfg.parallel.timeout_minutes)
             token = on_rank_zero(lambda: token)  # one for all hosts
-            run(cfg, config, here, screen, stop, token)
+            run(cfg, config, here, screen, stop, token, ignore_plan)
         except LoraScaleError as error:
             stop.over()
             code = error.exit_code
@@ -127,7 +129,9 @@ def _fault(error: BaseException, rank: int) -> tuple[int, str]:
             return 1, f"rank {rank} failed: {type(error).__name__}: {first}"
 
 
-def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str) -> None:
+def run(
+    cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str, ignore_plan: bool
+) -> None:
     """One rank's whole run."""
     kept: list[Any] = []  # what stays with the first rank: the lock and the log
     on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
@@ -141,6 +145,8 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
         return
+    limit = fits.device_gib(here.device)
+    cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, ignore_plan))
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
     for note in (*notes, *data.notes, *more):
@@ -149,12 +155,23 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
         checkpoint.restore(job.engine, resume, saved, job.key)
         screen.line(f"resumed  {resume}: {saved.step} of {data.plan.total_steps} steps are done")
     step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
-    on_rank_zero(lambda: kept.append(_open_log(job, config, step)))
+    loading = memory.measure(here.device, job.engine.ds, memory.since_start(here.device, "load"))
+    on_rank_zero(lambda: kept.append(_open_log(job, config, step, planned, loading)))
     with contextlib.ExitStack() as stack:
-        _loop(job, stack.enter_context(kept[-1]) if kept else None, screen, stop, step, tokens_seen)
+        own = stack.enter_context(runlog.RankMemory(cfg.run_dir, here.rank, step or None))
+        own.write({"step": step, "phase": "load", **loading})
+        _loop(job, stack.enter_context(kept[-1]) if kept else None, own, screen, stop, step, tokens_seen)
 
 
-def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, first: int, tokens_seen: int) -> None:
+def _loop(
+    job: Job,
+    log: RunLog | None,
+    own: runlog.RankMemory,
+    screen: Console,
+    stop: StopRequest,
+    first: int,
+    tokens_seen: int,
+) -> None:
     """The steps from `first` (finished ones are not repeated) to the last."""
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
     learning, val_loss = guards.LearningGuard(engine), None
@@ -163,17 +180,22 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
         screen.line(f"before   val_loss {val_loss:.4f}")
         if log:
             log.write_row({"step": 0, "val_loss": val_loss})
-    metrics.reset_peak(job.world.device)
+    snapshot = memory.Snapshot(cfg.memory.snapshot_steps, runlog.log_path(cfg.run_dir, job.world.rank))
     started = time.perf_counter()
     stop.in_loop = True
     for number, step in enumerate(data.plan.steps(first), start=first):
         begin, done = time.perf_counter(), number + 1
         lr = learning_rate(number, total, cfg.train)
+        snapshot.before(done)
         result = engine.train_step(step, number, lr, lambda: stop.asked)
+        snapshot.after(done)
         guards.check_finite(done, result, step.names)
         learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens
-        row = metrics.row(done, result, lr, step.tokens, time.perf_counter() - begin, job)
+        seconds = time.perf_counter() - begin
+        held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())
+        own.write({"step": done, **held})
+        row = metrics.row(done, result, lr, step.tokens, seconds, job, held)
         if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
             row["val_loss"] = val_loss = engine.evaluate(data.validation)
         saves = done == total or result.stop or bool(cfg.save.every and done % cfg.save.every == 0)
@@ -182,8 +204,10 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
         if saves:
             path, seconds = _save(job, done, tokens_seen)
             print(f"saved {path} in {seconds:.2f} s", flush=True)  # into the log
+            saving = engine.clock.memory.take()
+            own.write({"step": done, "phase": "save", "phases": saving}, flush=True)
             if log:
-                log.add_to_row(save_seconds=seconds)
+                log.add_to_row(save_seconds=seconds, **({"save_memory": saving["save"]} if saving else {}))
         screen.live(partial(_line, row, total, first, val_loss, started), force=done in (first + 1, total))
         if result.stop:
             break
@@ -215,6 +239,34 @@ def _enter(run_dir: Path, token: str) -> Any:
     durable.remove_leftovers(run_dir / CHECKPOINTS)
     console.forget_claims(run_dir, but=token)
     return lock
+
+
+def _plan(
+    cfg: RunConfig,
+    folder: ModelFolder,
+    data: run_data.Data,
+    grid: grids.Grid,
+    screen: Console,
+    limit_gib: float | None,
+    ignore: bool,
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The config with `recompute: auto` settled, and what is predicted of it, for the manifest; DoesNotFitError where
+    it cannot fit in `limit_gib` a GPU."""
+    job = fits.job_of(cfg, folder, data, grid)
+    if job is None:
+        if cfg.recompute == "auto":
+            raise ConfigError(
+                f"recompute is auto, but what a model of type {folder.config.get('model_type')} keeps is "
+                "not known here; write all, none or a number of layers"
+            )
+        return cfg, {"unknown": f"model type {folder.config.get('model_type')} has no row of shapes"}
+    job = search.settled(job, limit_gib)
+    row = planning.plan(job)
+    chosen = f"; recompute={job.cfg.recompute}" if cfg.recompute == "auto" else ""
+    screen.line(f"plan     {fits.check(job, row, limit_gib, ignore)}{chosen}")
+    for text in row["warnings"]:
+        screen.line(f"warning  {text}")
+    return job.cfg, row
 
 
 def _find_checkpoint(cfg: RunConfig) -> tuple[Path | None, list[str]]:
@@ -269,12 +321,13 @@ def _save(job: Job, step: int, tokens_seen: int) -> tuple[Path, float]:
     """Write a checkpoint, then delete those that `save.keep` leaves out; its path and the seconds it took."""
     start = time.perf_counter()
     folder = job.cfg.run_dir / CHECKPOINTS
-    path = checkpoint.save(job.engine, job.state(step, tokens_seen), folder, job.write_adapter_config, job.key)
+    with job.engine.clock.memory.phase("save"):
+        path = checkpoint.save(job.engine, job.state(step, tokens_seen), folder, job.write_adapter_config, job.key)
     on_rank_zero(lambda: checkpoints.prune(folder, job.cfg.save.keep) and None)
     return path, time.perf_counter() - start
 
 
-def _open_log(job: Job, config: Path, step: int) -> RunLog:
+def _open_log(job: Job, config: Path, step: int, planned: dict[str, Any], loading: dict[str, Any]) -> RunLog:
     """The run directory's records, with the manifest written; for the first rank."""
     log = RunLog(
         job.cfg.run_dir,
@@ -294,9 +347,9 @@ def _open_log(job: Job, config: Path, step: int) -> RunLog:
             "base_fingerprint": job.base_fingerprint,
             "config_sha256": configfile.config_sha256(job.cfg),
             "parameters": asdict(job.parameters),
-            "load": {"bytes": job.loaded.nbytes, "seconds": round(job.loaded.seconds, 3)},
+            "load": {"bytes": job.loaded.nbytes, "seconds": round(job.loaded.seconds, 3), "memory": loading},
             "data": job.data.blocks.stats(),
-            "plan": cost.plan_row(job.folder.config, job.cfg, job.world.size),
+            "plan": planned,
         }
     )
     return log

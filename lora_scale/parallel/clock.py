@@ -1,10 +1,12 @@
-"""Seconds by phase of a step. On a GPU the device's own time, read once a step."""
+"""Seconds by phase of a step, and memory with them. On a GPU the device's own time, read once a step."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from lora_scale.parallel.memory import PhaseMemory
 
 
 class PhaseClock:
@@ -13,12 +15,14 @@ class PhaseClock:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
+        self.memory = PhaseMemory(device)
         self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = self._now()
-        yield
+        with self.memory.phase(name):
+            yield
         self._spans.append((name, start, self._now()))
 
     def seconds(self) -> dict[str, float]:

@@ -191,7 +191,7 @@ class Engine:
         )
         if self.dropout is not None:
             self.dropout.set(number, _to(batch.sample_ids, self.world.device), positions)
-        kept = _positions_with_target(batch.labels)
+        kept = positions_with_target(batch.labels)
         options: dict[str, Any] = {}
         if kept is not None and self._can_leave_out:
             kept_here = _to(kept, self.world.device)
@@ -216,7 +216,7 @@ def _no_base_broadcast() -> Iterator[None]:
         engine._broadcast_model = original
 
 
-def _positions_with_target(labels: np.ndarray) -> np.ndarray | None:
+def positions_with_target(labels: np.ndarray) -> np.ndarray | None:
     """Positions that carry loss in some row of the batch: logits of the others are not needed. None where that is
     most of them."""
     kept = np.flatnonzero((labels != IGNORED).any(axis=0))

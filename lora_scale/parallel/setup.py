@@ -24,9 +24,10 @@ from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, cost, shapes, splits
 from lora_scale.spec import hardware as gpus
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.errors import ModelError
+from lora_scale.spec.errors import ConfigError, ModelError
 from lora_scale.spec.families import family
 from lora_scale.spec.splits import Split
+from lora_scale.spec.states import keeps_adapters_whole
 from lora_scale.storage import hub, provenance
 from lora_scale.storage.console import Console, bar, size
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
@@ -175,19 +176,15 @@ def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> di
     """Make the model this rank's tensor-parallel part of itself; how its base is to be cut while it is read."""
     if grid.tp_size == 1:
         return {}
-    found = splits.splits(shapes.architecture(folder.config), folder.config, grid.tp_size)
+    try:
+        found = splits.splits(shapes.architecture(folder.config), grid.tp_size)
+    except ModelError as error:
+        ranks = f"parallel.tensor_parallel_size is {grid.tp_size}"
+        raise ConfigError(f"{ranks}, but {error}; set it to 1: ZeRO-3 shards every model") from error
     row = family(str(folder.config["model_type"]))
     assert row is not None, "splits() refuses such a model"
     tensor_parallel.apply(model, row, found, grid, sequence_parallel=cfg.parallel.sequence_parallel)
     return found
-
-
-def keeps_adapters_whole(cfg: RunConfig, trainable: int) -> bool:
-    """Whether ZeRO-3 leaves the adapter whole on every rank. Its values, gradient, second fp32 copy and two moments
-    cost 20 bytes a parameter there."""
-    if cfg.parallel.adapter_sharding == "auto":
-        return 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
-    return cfg.parallel.adapter_sharding == "replicate"
 
 
 def count(model: nn.Module) -> Parameters:

@@ -28,20 +28,16 @@ from lora_scale.parallel import collectives, recompute
 from lora_scale.parallel.grid import Grid
 from lora_scale.spec.families import Family, has_suffix
 from lora_scale.spec.splits import Part, Split
+from lora_scale.spec.splits import factor_splits as split_factors
 
 
 def factor_splits(model: nn.Module, splits: Mapping[str, Split]) -> dict[str, Split]:
     """How the adapters' factors are cut, by parameter name; a factor that is not named is whole."""
-    found = {}
+    found: dict[str, Split] = {}
     for name, layer in adapted_layers(model).items():
         split = splits.get(file_name(f"{name}.base_layer.weight"))
-        if split is None:
-            continue
-        transposed = not isinstance(layer.base_layer, nn.Linear)  # Conv1D
-        if (split.dim == -1) == transposed:  # output features
-            found[f"{name}.lora_B"] = Split(-2, split.parts)
-        else:
-            found[f"{name}.lora_A"] = Split(-1, split.parts)
+        pair = split_factors(split, conv1d=not isinstance(layer.base_layer, nn.Linear))
+        found |= {f"{name}.{key}": s for key, s in zip(("lora_A", "lora_B"), pair, strict=True) if s is not None}
     return found
 
 
@@ -99,7 +95,7 @@ def apply(
 
 def _last_norm(model: nn.Module) -> nn.Module:
     """What stands behind the decoder layers: the last part of the base model that has parameters."""
-    parts = getattr(model, model.base_model_prefix).children()  # type: ignore[arg-type]
+    parts = model.get_submodule(str(model.base_model_prefix)).children()
     return [part for part in parts if next(part.parameters(), None) is not None][-1]
 
 

@@ -60,6 +60,7 @@ class Architecture:
     vocabulary: int
     experts: int = 0  # a layer
     experts_per_token: int = 0
+    alibi: bool = False  # positions as a slope of each head
 
 
 def size(config: Config, *names: str) -> int:

@@ -149,6 +149,14 @@ class ParallelConfig(Section):
     """How long a rank waits for the others in one collective before the job fails."""
 
 
+class MemoryConfig(Section):
+    """What is recorded of memory beyond the rows of every step."""
+
+    snapshot_steps: Annotated[tuple[Positive, Positive] | None, Field(strict=False)] = None
+    """First and last step of which every rank records each allocation on its GPU, into `log/snapshot-000.pickle`, for
+    PyTorch's memory viewer. Slows those steps."""
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -160,10 +168,11 @@ class RunConfig(Section):
     """Train an adapter on a frozen base, or every weight of the base (full fine-tuning)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the base and of the arithmetic. Adapter weights and optimizer state are fp32 in both."""
-    recompute: Literal["all", "none"] | NonNegative = "all"
+    recompute: Literal["all", "none", "auto"] | NonNegative = "all"
     """Decoder layers that keep only their input and recompute the rest in the backward pass: all, none, or the first
     so many
-    (elsewhere: gradient or activation checkpointing)."""
+    (elsewhere: gradient or activation checkpointing). `auto`: the fewest that fit by `lora-scale plan`; none without a
+    GPU."""
     resume: Literal["auto", "never"] | PathValue = "auto"
     """`auto` goes on from the newest checkpoint in `run_dir`; `never` refuses a `run_dir` that has one; or the path
     of a checkpoint."""
@@ -174,6 +183,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
     parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

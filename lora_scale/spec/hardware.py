@@ -11,6 +11,8 @@ class Gpu:
 
     memory_gib: float  # torch's total_memory: what the driver leaves of the printed size
     peak_tflops: float  # dense bf16 with fp32 accumulation, without sparsity, by NVIDIA's data sheet of that board
+    memory_bandwidth: float  # bytes a second, data sheet
+    link_bandwidth: float  # bytes a second to another GPU of the node, one direction: half of what a sheet prints
     device_names: tuple[str, ...]  # how the driver's name of it begins
 
 
@@ -18,10 +20,11 @@ class Gpu:
 # figure with sparsity (H200 and H100: 1,979; L40S: 733) half of it. The H200's memory is that of the machines this
 # project runs on; the others' are rounded down from what the driver reports, and not read by us.
 GPUS = {
-    "h200": Gpu(139.0, 989.4, ("NVIDIA H200",)),
-    "h100-80": Gpu(79.0, 989.4, ("NVIDIA H100 80GB HBM3",)),
-    "a100-80": Gpu(79.0, 312.0, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB")),
-    "l40s": Gpu(44.0, 362.0, ("NVIDIA L40S",)),
+    "h200": Gpu(139.0, 989.4, 4.8e12, 450e9, ("NVIDIA H200",)),
+    "h100-80": Gpu(79.0, 989.4, 3.35e12, 450e9, ("NVIDIA H100 80GB HBM3",)),
+    "a100-80": Gpu(79.0, 312.0, 2.039e12, 300e9, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB")),
+    # no NVLink on the L40S: PCIe 4.0 x16
+    "l40s": Gpu(44.0, 362.0, 0.864e12, 32e9, ("NVIDIA L40S",)),
 }
 
 

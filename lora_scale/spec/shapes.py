@@ -37,7 +37,13 @@ def _norm(module: str, width: int, bias: bool = False) -> Iterator[Parameter]:
 
 
 def _whole(
-    config: Config, tied_by_default: bool, table: str, width: int, body: Iterable[Parameter], **sizes: int
+    config: Config,
+    tied_by_default: bool,
+    table: str,
+    width: int,
+    body: Iterable[Parameter],
+    alibi: bool = False,
+    **sizes: int,
 ) -> Architecture:
     """The body between the token table and the output layer, which is the table again where they are tied."""
     vocabulary = size(config, "vocab_size")
@@ -46,7 +52,12 @@ def _whole(
     if not tied:
         parameters += _linear("lm_head", width, vocabulary, kind="output")
     return Architecture(
-        model_type=str(config["model_type"]), parameters=tuple(parameters), tied=tied, vocabulary=vocabulary, **sizes
+        model_type=str(config["model_type"]),
+        parameters=tuple(parameters),
+        tied=tied,
+        vocabulary=vocabulary,
+        alibi=alibi,
+        **sizes,
     )
 
 
@@ -170,7 +181,8 @@ def _falcon(config: Config) -> Architecture:
         body += _fused_block(layer, "self_attention", hidden, qkv, inner, norms, bias, bias)
     body += _norm("transformer.ln_f", hidden, bias=True)
     sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, **sizes)
+    alibi = bool(config.get("alibi", False))
+    return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, alibi=alibi, **sizes)
 
 
 def _bloom(config: Config) -> Architecture:
@@ -182,7 +194,7 @@ def _bloom(config: Config) -> Architecture:
         body += _fused_block(f"transformer.h.{i}", "self_attention", hidden, 3 * hidden, 4 * hidden, norms, True, True)
     body += _norm("transformer.ln_f", hidden, bias=True)
     sizes = _one_key_a_head(config, layers, hidden, heads)
-    return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, **sizes)
+    return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, alibi=True, **sizes)
 
 
 def _gpt_neox(config: Config) -> Architecture:

@@ -7,7 +7,7 @@ piece of each. What is not named here is whole on every rank.
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_scale.spec.architecture import Architecture, Config, Parameter
+from lora_scale.spec.architecture import Architecture, Parameter
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import Family, family, has_suffix
 
@@ -67,14 +67,14 @@ class Split:
         return found
 
 
-def splits(model: Architecture, config: Config, ranks: int) -> dict[str, Split]:
+def splits(model: Architecture, ranks: int) -> dict[str, Split]:
     """Every cut parameter by name, as transformers' `named_parameters`; {} for one rank.
 
     ConfigError where the family is not offered or a size does not divide, with the numbers of ranks that would work.
     """
     if ranks == 1:
         return {}
-    row = _row(model.model_type, config, ranks)
+    row = _row(model, ranks)
     found = {p.name: split for p in model.parameters if (split := _split(p, row, model)) is not None}
     if bad := _indivisible(model, row, found, ranks):
         works = [str(n) for n in range(1, model.heads + 1) if not _indivisible(model, row, found, n)]
@@ -85,12 +85,22 @@ def splits(model: Architecture, config: Config, ranks: int) -> dict[str, Split]:
     return found
 
 
-def _row(model_type: str, config: Config, ranks: int) -> Family:
-    row = family(model_type)
+def factor_splits(split: Split | None, conv1d: bool) -> tuple[Split | None, Split | None]:
+    """How lora_A (r, in) and lora_B (out, r) are cut where their layer's weight is: the factor on the cut side like it,
+    the other not at all. A Conv1D's weight is (in, out)."""
+    if split is None:
+        return None, None
+    if (split.dim == -1) is conv1d:  # output features
+        return None, Split(-2, split.parts)
+    return Split(-1, split.parts), None
+
+
+def _row(model: Architecture, ranks: int) -> Family:
+    row, model_type = family(model.model_type), model.model_type
     why = ""
     if row is None or not row.colwise:
         why = f"how to cut a model of type {model_type!r} is not known here"
-    elif config.get("alibi"):
+    elif model.alibi:
         why = f"this {model_type} model's ALiBi covers all heads at once"
     if why:
         raise ConfigError(

@@ -3,7 +3,8 @@
 Knows the tree and the two formats, one JSON object a line (metrics) and one JSON object (manifest), but not what a
 figure means; that is the writer's and `commands.report`'s. Checkpoints are `parallel.checkpoint`'s. No torch.
 
-    <run>/  manifest.json   config.yaml   config.resolved.json   metrics.jsonl   log/rank-000.txt   checkpoints/
+    <run>/  manifest.json   config.yaml   config.resolved.json   metrics.jsonl   checkpoints/
+            log/rank-000.txt   log/memory-000.jsonl   one of each a rank
 """
 
 import fcntl
@@ -33,6 +34,11 @@ def log_path(run_dir: Path, rank: int) -> Path:
     path = run_dir / "log" / f"rank-{rank:03d}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def memory_path(run_dir: Path, rank: int) -> Path:
+    """The rows of one rank's memory, one a step."""
+    return run_dir / "log" / f"memory-{rank:03d}.jsonl"
 
 
 def lock(run_dir: Path) -> IO[str]:
@@ -113,6 +119,37 @@ class RunLog:
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replaces the manifest."""
         write_text_atomically(self.run_dir / MANIFEST, _pretty(manifest))
+
+
+class RankMemory:
+    """One rank's rows of memory, beside its text log; buffered, and on disk when asked and at the end.
+
+    `resumed_step` as in `RunLog`: rows of steps that are run again are dropped.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, resumed_step: int | None = None) -> None:
+        path = memory_path(run_dir, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _rows_up_to(path, resumed_step)
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(_line(row) for row in kept)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, row: Mapping[str, Any], flush: bool = False) -> None:
+        self._file.write(_line(row))
+        if flush:
+            self._file.flush()
+
+
+def read_memory(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
+    """The rows of every rank that wrote some, by rank."""
+    found = sorted((run_dir / "log").glob("memory-*.jsonl"))
+    return {int(path.stem.partition("-")[2]): _read_rows(path) for path in found}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

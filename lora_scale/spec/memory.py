@@ -1,0 +1,246 @@
+"""Memory of one rank, by category and by moment of a step: what lies where when memory is fullest. No torch.
+
+Model states are exact (`spec.states`), activations are counted (`spec.activations`), the rest are formulas with their
+source, and three constants are calibrated: `LIBRARIES`, `GATHERED_LAYERS`, `WASTE`. The four runs they come from are
+`CALIBRATED_ON`; a comparison with those proves nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import ceil
+
+from lora_scale.spec import activations
+from lora_scale.spec.activations import Layer
+from lora_scale.spec.architecture import Architecture
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.cost import FP32, ITEMSIZE, Shape, checkpoint_bytes, numel
+from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.states import Grid, States, frozen_shapes, trained_shapes
+from lora_scale.spec.states import states as states_of
+
+CALIBRATED_ON = "llama-7.2b with LoRA, 1 and 2 H200s, with and without recompute (docs/benchmarks, 2026-11-22)"
+MIB, GIB = 1 << 20, 1 << 30
+LIBRARIES = 80 * MIB  # two cuBLAS workspaces of 32 MiB on Hopper, and small things: what was left of 1-GPU peaks
+GATHERED_LAYERS = 4  # three live (stage3_max_live_parameters), and one more as the flat buffer it was gathered in
+WASTE = (1.2, 2.5)  # GiB reserved and not allocated: by itself, and for each GiB that ZeRO-3 gathers and frees
+CONTEXT = int(0.5 * GIB)  # CUDA context and loaded kernels; assumed, not measured by us
+NCCL = int(0.4 * GIB)  # communicators' buffers, with more than one rank; assumed, not measured by us
+ADAM_GROUP = 1_000_000_000  # elements ZeRO-3 steps at once (DeepSpeed's default sub_group_size)
+HOST = int(2.4 * GIB)  # peak resident memory of a rank's process, measured on 1 and 2 GPUs: code, libraries and data
+PINNED = 192 * MIB  # while loading: 12 threads with two buffers of 8 MiB each (parallel.load)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What the data decide, and a plan must assume where they are not at hand."""
+
+    masked: bool  # several documents in some block: attention gets a mask
+    target_share: float = 1.0  # of the positions of a pass, those that logits are computed for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Bytes in torch's allocator at one moment of a step, by category. The states' names are those of `States`."""
+
+    base: int
+    trained: int
+    master: int
+    gradients: int
+    adam: int
+    bucket: int
+    gathered: int = 0  # ZeRO-3: whole parameters of the layer at work and the next ones
+    layer_inputs: int = 0  # of the layers that recompute
+    layers_kept: int = 0  # activations of the layers that do not
+    outside: int = 0  # the embedding's output and the last norm
+    one_layer: int = 0  # activations of the layer that was just recomputed
+    workspace: int = 0  # of one layer's backward pass, or of the optimizer's step
+    logits: int = 0  # logits, loss and their gradients
+    libraries: int = LIBRARIES
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """One rank's memory, by moments of a step in order; beside them what torch's allocator does not see.
+
+    loss: backward begins at the loss. backward: of the last layer that kept its activations. recompute: of the last
+    layer that did not. step: the optimizer's.
+    """
+
+    moments: dict[str, Moment]
+    waste: int  # reserved by the allocator and not allocated
+    context: int
+    nccl: int
+    host: int  # resident in host memory, the largest over the run
+    pinned: int
+    by_analogy: bool  # activations are not counted for this family
+
+    @property
+    def peak_moment(self) -> str:
+        return max(self.moments, key=lambda name: self.moments[name].total)
+
+    @property
+    def allocated(self) -> int:
+        """Peak of torch's allocator."""
+        return self.moments[self.peak_moment].total
+
+    @property
+    def outside(self) -> int:
+        """On the GPU, but not in the allocator's books."""
+        return self.context + self.nccl
+
+    @property
+    def needed(self) -> int:
+        """Without this much there is no run: under pressure the allocator gives back what it has reserved in vain."""
+        return self.allocated + self.outside
+
+    @property
+    def likely(self) -> int:
+        """What the run takes where there is room."""
+        return self.needed + self.waste
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a plan needs of a model, made once for the many plans of a search. Depends on method, adapter and tp."""
+
+    layers: tuple[Layer, ...]
+    frozen: tuple[Shape, ...]  # of one rank's shards
+    trained: tuple[Shape, ...]
+
+
+def parts_of(model: Architecture, cfg: RunConfig, tp: int = 1) -> Parts:
+    return Parts(
+        tuple(activations.layers(model, cfg)),
+        tuple(frozen_shapes(model, cfg, tp)),
+        tuple(trained_shapes(model, cfg, tp)),
+    )
+
+
+def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Parts | None = None) -> Memory:
+    """Predicted memory of the rank that holds most. `made`: the model's parts, where they were made before."""
+    made = made or parts_of(model, cfg, grid.tp)
+    layers = made.layers
+    states = states_of(made.frozen, made.trained, cfg, grid)
+    recomputed = recomputed_layers(cfg, len(layers))
+    kept, again = layers[recomputed:], layers[:recomputed]
+    tokens = cfg.train.micro_batch_size * cfg.data.seq_len
+    each = {i: tokens * activations.kept(model, i, cfg, masked=work.masked, tp=grid.tp) for i in set(layers)}
+    spaces = {i: tokens * activations.workspace(i, cfg, grid.tp) for i in set(layers)}
+    gather = gathered(cfg, layers, grid)
+    inputs = layer_inputs(model, cfg, recomputed)
+    embedding, last_norm = embedding_output(model, cfg), last_norm_input(model, cfg)
+    all_kept = sum(each[layer] for layer in kept) + adapter_casts(made.trained, cfg, len(kept) / max(1, len(layers)))
+    weights = weight_gradients(cfg, layers, grid)
+    before = _moment(states, gathered=gather, layer_inputs=inputs, layers_kept=all_kept, outside=embedding)
+    at_loss = {"outside": embedding + last_norm, "logits": logits(model, cfg, work, grid.tp)}
+    moments = {"loss": _with(before, **at_loss)}
+    if kept:
+        moments["backward"] = _with(before, workspace=spaces[kept[-1]] + weights)
+    if again:
+        one = {"one_layer": each[again[-1]], "workspace": spaces[again[-1]] + weights}
+        moments["recompute"] = _with(before, layers_kept=0, **one)
+    moments["step"] = _moment(states, workspace=step_workspace(states, cfg))
+    return Memory(
+        moments=moments,
+        waste=waste(gather),
+        context=CONTEXT,
+        nccl=NCCL if grid.ranks > 1 else 0,
+        host=HOST + (checkpoint_bytes(numel(made.trained) * grid.tp) if cfg.method == "lora" else 0),
+        pinned=PINNED,
+        by_analogy=activations.is_analogy(model),
+    )
+
+
+def _moment(states: States, **categories: int) -> Moment:
+    return Moment(**{f.name: getattr(states, f.name) for f in fields(states)}, **categories)
+
+
+def _with(moment: Moment, **categories: int) -> Moment:
+    return Moment(**(asdict(moment) | categories))
+
+
+def recomputed_layers(cfg: RunConfig, layers: int) -> int:
+    """How many layers, the first ones, keep only their input."""
+    count = {"all": layers, "none": 0}.get(str(cfg.recompute), cfg.recompute)
+    assert isinstance(count, int)
+    if count > layers:
+        raise ConfigError(
+            f"recompute is {count}; the model has {layers} decoder layers: write a number up to that, or all"
+        )
+    return count
+
+
+def layer_inputs(model: Architecture, cfg: RunConfig, recomputed: int) -> int:
+    """tokens x hidden for each layer that recomputes; whole on every tensor-parallel rank, unless these share the
+    tokens."""
+    shared = cfg.parallel.tensor_parallel_size if cfg.parallel.sequence_parallel else 1
+    return recomputed * _tokens(cfg) * model.hidden * ITEMSIZE[cfg.precision] // shared
+
+
+def embedding_output(model: Architecture, cfg: RunConfig) -> int:
+    """A leaf of the graph, held to its end. Where the first layer recomputes it is that layer's input and counted
+    there; where norms do not copy, it is what the first one keeps."""
+    width, saved = ITEMSIZE[cfg.precision], activations.SAVED.get(model.model_type, activations.Saved())
+    is_own = cfg.recompute in ("none", 0) and saved.fp32_norms and width < FP32
+    return _tokens(cfg) * width * model.hidden if is_own else 0
+
+
+def last_norm_input(model: Architecture, cfg: RunConfig) -> int:
+    """What the norm after the last layer keeps, until backward has passed it."""
+    saved = activations.SAVED.get(model.model_type, activations.Saved())
+    return _tokens(cfg) * activations.norm(saved, model.hidden, ITEMSIZE[cfg.precision])
+
+
+def logits(model: Architecture, cfg: RunConfig, work: Work, tp: int = 1) -> int:
+    """12 bytes for each position with a target and word: at the start of backward there are the log-softmax, the
+    gradient of it and of the logits, all fp32 (torch's cross_entropy). Tensor parallelism splits the vocabulary."""
+    return ceil(_tokens(cfg) * work.target_share) * ceil(model.vocabulary / tp) * 3 * FP32
+
+
+def gathered(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:
+    """ZeRO-3's whole parameters: `GATHERED_LAYERS` of the largest layer, at most the model; none with one rank to
+    gather from. Full fine-tuning without recompute keeps the weights of the layers' matrices: torch's linear pins what
+    it computed with until its backward pass (docs/log.md)."""
+    if cfg.parallel.zero_stage != 3 or (grid.base_over or grid.dp) == 1:
+        return 0
+    width, whole = ITEMSIZE[cfg.precision], sum(layer.numel for layer in layers)
+    live = GATHERED_LAYERS * max(layer.numel for layer in layers)
+    if cfg.method == "full":
+        live += sum(layer.numel for layer in layers[recomputed_layers(cfg, len(layers)) :])
+    return width * min(live, whole) // grid.tp
+
+
+def adapter_casts(trained: Iterable[Shape], cfg: RunConfig, kept_share: float) -> int:
+    """The factors in the working precision, which the layers that do not recompute keep."""
+    if cfg.method == "full" or cfg.precision == "fp32":
+        return 0
+    return int(ITEMSIZE[cfg.precision] * numel(trained) * kept_share)
+
+
+def weight_gradients(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:
+    """Full fine-tuning: the gradients of a layer's weights before they are reduced, in the working precision; stage 0
+    to 2 keep theirs among the states."""
+    if cfg.method == "lora" or cfg.parallel.zero_stage != 3:
+        return 0
+    return ITEMSIZE[cfg.precision] * max(layer.numel for layer in layers) // grid.tp
+
+
+def step_workspace(states: States, cfg: RunConfig) -> int:
+    """AdamW over many tensors at once makes one fp32 temporary; ZeRO-3 copies the gradients of a group first."""
+    elements = states.adam // 8
+    if cfg.parallel.zero_stage == 3:
+        return 2 * FP32 * min(elements, ADAM_GROUP)
+    return FP32 * elements
+
+
+def waste(gather: int) -> int:
+    """Reserved and never filled: ZeRO-3's buffers of many sizes on two streams make most of it."""
+    return int(WASTE[0] * GIB + WASTE[1] * gather)
+
+
+def _tokens(cfg: RunConfig) -> int:
+    return cfg.train.micro_batch_size * cfg.data.seq_len

@@ -1,0 +1,94 @@
+"""How long a step takes, roughly: a sum of four times with named sources, to rank layouts by. Not a promise of speed.
+
+seconds of a pass = matrix products / matrix rate + attention / attention rate + what activations move / memory rate
++ what collectives move / link rate. Nothing overlaps: on two H200s ZeRO-3's gathers added about their own time to a
+pass (docs/benchmarks). One constant is fitted to one run, `TRAFFIC`; how well the ranking holds is not measured yet.
+"""
+
+from dataclasses import dataclass
+
+from lora_scale.spec import activations, cost
+from lora_scale.spec.architecture import Architecture
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.hardware import Gpu
+from lora_scale.spec.memory import Parts, Work, recomputed_layers
+from lora_scale.spec.states import Grid
+
+MATRIX = 0.806  # of the data sheet's rate: 797 of 989 TFLOP/s, products alone, 20 layers of llama-100.7b, one H200
+ATTENTION = 0.5  # of the same, forward and backward together
+TRAFFIC = 31.6  # times that a kept byte crosses GPU memory in forward and backward, by eager kernels; fitted to
+FITTED_ON = "llama-7.2b without recompute on one H200, 13,640 tokens/s (docs/benchmarks, 2026-11-22)"
+FORWARD = 1 / 3  # of the work of a pass; what recompute does again
+NETWORK = 50e9  # bytes a second between nodes, a GPU: one port of 400 Gbit/s; assumed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """Of one pass, forward and backward, on one rank."""
+
+    matrix: float
+    attention: float
+    traffic: float
+    gathers: float  # ZeRO-3: the base, twice
+    sums: float  # tensor parallelism: two sums a layer forward and two backward
+
+    @property
+    def total(self) -> float:
+        return self.matrix + self.attention + self.traffic + self.gathers + self.sums
+
+
+def seconds_of_pass(
+    model: Architecture, cfg: RunConfig, grid: Grid, work: Work, parts: Parts, gpu: Gpu, gpus_per_node: int
+) -> Seconds:
+    """One micro-batch. Gradients of adapters and the optimizer's step are left out: megabytes."""
+    tokens = cfg.train.micro_batch_size * cfg.data.seq_len
+    share = recomputed_layers(cfg, len(parts.layers)) / max(1, len(parts.layers))
+    peak = gpu.peak_tflops * 1e12
+    recompute = 2 * cost.computing(model) * share
+    attention = cost.attention_flops_per_token(model, cfg.data.seq_len / 2)
+    kept = sum(activations.kept(model, layer, cfg, masked=work.masked, tp=grid.tp) for layer in parts.layers)
+    return Seconds(
+        matrix=tokens * (cost.flops_per_token(model, cfg) + recompute) / grid.tp / (MATRIX * peak),
+        attention=tokens * attention * (1 + FORWARD * share) / grid.tp / (ATTENTION * peak),
+        traffic=tokens * kept * TRAFFIC * (1 + FORWARD * share) / gpu.memory_bandwidth,
+        gathers=_gathers(model, cfg, grid, gpu, gpus_per_node),
+        sums=_sums(model, cfg, grid, gpu, gpus_per_node, tokens, len(parts.layers), share),
+    )
+
+
+def tokens_per_second(cfg: RunConfig, grid: Grid, seconds: float) -> float:
+    """Of all ranks together."""
+    return cfg.train.micro_batch_size * cfg.data.seq_len * grid.dp / seconds
+
+
+def _gathers(model: Architecture, cfg: RunConfig, grid: Grid, gpu: Gpu, gpus_per_node: int) -> float:
+    """Each of two all-gathers brings (n - 1) / n of the base over the slowest link, and copies it once in memory."""
+    over = grid.base_over or grid.dp
+    if cfg.parallel.zero_stage != 3 or over == 1:
+        return 0.0
+    nbytes = cost.ITEMSIZE[cfg.precision] * cost.total(model) / grid.tp
+    return 2 * (
+        nbytes * (over - 1) / over / link(gpu, over * grid.tp, gpus_per_node) + 2 * nbytes / gpu.memory_bandwidth
+    )
+
+
+def _sums(
+    model: Architecture,
+    cfg: RunConfig,
+    grid: Grid,
+    gpu: Gpu,
+    gpus_per_node: int,
+    tokens: int,
+    layers: int,
+    share: float,
+) -> float:
+    """A ring moves 2 (n - 1) / n of a tensor of tokens x hidden in each sum (Megatron-LM, arXiv 1909.08053)."""
+    if grid.tp == 1:
+        return 0.0
+    nbytes = tokens * model.hidden * cost.ITEMSIZE[cfg.precision]
+    return layers * (4 + 2 * share) * nbytes * 2 * (grid.tp - 1) / grid.tp / link(gpu, grid.tp, gpus_per_node)
+
+
+def link(gpu: Gpu, ranks: int, gpus_per_node: int) -> float:
+    """Bytes a second, one direction, of the slowest link in a group of neighbours."""
+    return gpu.link_bandwidth if ranks <= gpus_per_node else NETWORK
