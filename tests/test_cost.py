@@ -161,7 +161,7 @@ def test_states_are_what_deepspeed_holds(ranks: int, changes: dict[str, Any], tm
         padding = by_product.pop("base") - rank["base"]  # frozen tensors begin at multiples of 512 bytes
         assert 0 <= padding < 512 * 64 and (padding == 0 or changes.get("method") != "full")
         assert by_product == {name: rank[name] for name in by_product}
-        assert rank["microseconds a parameter"] < 500  # some ten; a step of a model this size takes 50 ms
+        assert rank["microseconds a parameter"] < 200  # some ten of the processor's own time
     names = ("base", "trained", "master", "gradients", "adam", "bucket")
     largest = {category: max(rank[category] for rank in held) for category in (*names, "unexplained")}
     model = architecture(json.loads((folder / "config.json").read_text()))

@@ -1,0 +1,124 @@
+"""Layouts that fit, the fewest recomputed layers, and the model of time: properties, and measured runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from lora_scale.commands.plan import command
+from lora_scale.spec import configfile, named, planning, search, speed
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.hardware import GPUS
+from lora_scale.spec.memory import GIB, Work
+from lora_scale.spec.planning import Job
+from lora_scale.spec.shapes import architecture
+from lora_scale.spec.states import Grid
+
+ROOT = Path(__file__).parent.parent
+H200 = GPUS["h200"]
+
+
+def job(shape: str, ranks: int = 1, tp: int = 1, **changes: Any) -> Job:
+    micro = changes.pop("micro", 1)
+    tree: dict[str, Any] = {
+        "model": {"path": "x"},
+        "data": {"train": "x", "seq_len": changes.pop("seq_len", 4096)},
+        "run_dir": "x",
+        "train": {"max_steps": 2, "micro_batch_size": micro, "global_batch_size": changes.pop("batch", micro * ranks)},
+    }
+    cfg = RunConfig.model_validate(tree | changes)
+    return planning.job_of(architecture(named.shape(shape)), cfg, Grid(ranks, tp), Work(masked=False))
+
+
+@pytest.mark.parametrize("limit", [16.0, 20.0, 28.0, 60.0])
+def test_auto_recomputes_the_fewest_layers_that_fit(limit: float) -> None:
+    chosen = search.settled(job("llama-7.2b", recompute="auto"), limit)
+    count = {"all": 32, "none": 0}.get(str(chosen.cfg.recompute), chosen.cfg.recompute)
+    room = limit * (1 - search.SPARE) * GIB
+    assert planning.predicted(chosen).needed <= room or count == 32
+    if count:
+        fewer = job("llama-7.2b", recompute=count - 1)
+        assert planning.predicted(fewer).needed > room
+
+
+def test_auto_where_there_is_no_limit_or_no_room() -> None:
+    asked = job("llama-7.2b", recompute="auto")
+    assert search.settled(asked, None).cfg.recompute == "none"
+    assert search.settled(asked, 2.0).cfg.recompute == "all"
+    kept = job("llama-7.2b", recompute=5)
+    assert search.settled(kept, 2.0) is kept
+
+
+def test_layouts_fit_and_are_in_order() -> None:
+    asked = job("llama-7.2b", ranks=2, batch=8)
+    found = search.layouts(asked.model, asked.cfg, 2, 2, H200)
+    assert {layout.cfg.train.micro_batch_size for layout in found} == {1, 2, 4}
+    assert {layout.cfg.parallel.zero_stage for layout in found} == {0, 3}
+    rates = [layout.tokens_per_second for layout in found]
+    assert rates == sorted(rates, reverse=True) and all(x.needed <= H200.memory_gib * GIB for x in found)
+    assert found[0].cfg.parallel.zero_stage == 0, "nothing to gather where the base fits"
+
+
+def test_layouts_of_a_base_that_one_gpu_does_not_hold() -> None:
+    asked = job("llama-100.7b", ranks=2)
+    found = search.layouts(asked.model, asked.cfg, 2, 2, H200, sizes=(1, 2, 3))
+    assert {(layout.tp, layout.cfg.parallel.zero_stage) for layout in found} >= {(1, 3), (2, 0)}
+    assert found[0].tp == 2 and found[0].changes[0] == "parallel.tensor_parallel_size=2"
+    assert search.layouts(asked.model, asked.cfg, 1, 1, H200) == []
+
+
+def records() -> list[dict[str, Any]]:
+    paths = (ROOT / "docs/benchmarks").glob("2026-11-22-llama-7.2b-*.json")
+    return [row for path in paths for row in json.loads(path.read_text())["rows"] if row["who"] == "lora_scale"]
+
+
+@pytest.mark.parametrize("row", records(), ids=lambda row: row["name"])
+def test_measured_speeds(row: dict[str, Any]) -> None:
+    """10%: it is to rank layouts. One of the four is fitted on."""
+    asked = job("llama-7.2b", row["ranks"], micro=row["blocks_a_pass"], recompute=row["recompute"])
+    seconds = speed.seconds_of_pass(asked.model, asked.cfg, asked.grid, asked.work, asked.parts, H200, row["ranks"])
+    predicted = speed.tokens_per_second(asked.cfg, asked.grid, seconds.total)
+    assert predicted == pytest.approx(row["tokens_per_second"], rel=0.1)
+
+
+def test_what_costs_time() -> None:
+    def seconds(ranks: int, tp: int = 1, gpus_per_node: int = 8, **changes: Any) -> speed.Seconds:
+        asked = job("llama-3.1-70b", ranks, tp, **changes)
+        parts = (asked.model, asked.cfg, asked.grid, asked.work, asked.parts)
+        return speed.seconds_of_pass(*parts, H200, gpus_per_node)
+
+    assert seconds(8, recompute="all").matrix == pytest.approx(1.5 * seconds(8, recompute="none").matrix)
+    assert seconds(16, gpus_per_node=8).gathers > 5 * seconds(8).gathers > 0, "between nodes"
+    assert seconds(8, tp=8).sums > 0 == seconds(8, tp=8).gathers
+    assert seconds(8, tp=8).matrix == pytest.approx(seconds(8).matrix / 8)
+
+
+def test_the_verb_prints_and_writes_the_winner(tmp_path: Path) -> None:
+    out = tmp_path / "fastest.yaml"
+    arguments = ["--shape", "llama-7.2b", "--gpu", "h200", "--search", "train.global_batch_size=4", "--out", str(out)]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0 and result.output.startswith("fastest of ") and "not measured" in result.output
+    chosen = configfile.load(out)
+    for change in result.output.splitlines()[0].partition(": ")[2].split():
+        key, _, value = change.partition("=")
+        section, _, leaf = key.rpartition(".")
+        assert str(getattr(getattr(chosen, section) if section else chosen, leaf)) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--search"], 2, "--search needs --gpu with the name of a GPU"),
+        (["--search", "--gpu", "80"], 2, "--search needs --gpu with the name of a GPU"),
+        (["--search", "--gpu", "l40s"], 3, "no layout fits 1 GPU of 44 GiB"),
+        (["recompute=auto"], 2, "recompute is auto, which depends on the GPU"),
+    ],
+)
+def test_searches_that_cannot_be_answered(arguments: list[str], code: int, words: str) -> None:
+    from lora_scale.spec.errors import UsageError
+
+    result = CliRunner().invoke(command, ["--shape", "llama-100.7b", *arguments])
+    said = str(result.exception) if isinstance(result.exception, UsageError) else result.output
+    assert words in said and (result.exit_code == code or isinstance(result.exception, UsageError))
