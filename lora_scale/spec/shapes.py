@@ -37,13 +37,7 @@ def _norm(module: str, width: int, bias: bool = False) -> Iterator[Parameter]:
 
 
 def _whole(
-    config: Config,
-    tied_by_default: bool,
-    table: str,
-    width: int,
-    body: Iterable[Parameter],
-    alibi: bool = False,
-    **sizes: int,
+    config: Config, tied_by_default: bool, table: str, width: int, body: Iterable[Parameter], **sizes: int
 ) -> Architecture:
     """The body between the token table and the output layer, which is the table again where they are tied."""
     vocabulary = size(config, "vocab_size")
@@ -56,7 +50,7 @@ def _whole(
         parameters=tuple(parameters),
         tied=tied,
         vocabulary=vocabulary,
-        alibi=alibi,
+        alibi=config["model_type"] == "bloom" or bool(config.get("alibi", False)),
         **sizes,
     )
 
@@ -181,8 +175,7 @@ def _falcon(config: Config) -> Architecture:
         body += _fused_block(layer, "self_attention", hidden, qkv, inner, norms, bias, bias)
     body += _norm("transformer.ln_f", hidden, bias=True)
     sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    alibi = bool(config.get("alibi", False))
-    return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, alibi=alibi, **sizes)
+    return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, **sizes)
 
 
 def _bloom(config: Config) -> Architecture:
@@ -194,7 +187,7 @@ def _bloom(config: Config) -> Architecture:
         body += _fused_block(f"transformer.h.{i}", "self_attention", hidden, 3 * hidden, 4 * hidden, norms, True, True)
     body += _norm("transformer.ln_f", hidden, bias=True)
     sizes = _one_key_a_head(config, layers, hidden, heads)
-    return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, alibi=True, **sizes)
+    return _whole(config, True, "transformer.word_embeddings.weight", hidden, body, **sizes)
 
 
 def _gpt_neox(config: Config) -> Architecture:
