@@ -47,7 +47,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = features(base_layer)
         self.r = r
         self.lora_alpha = lora_alpha
-        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+        self.scaling = scaling(r, lora_alpha, use_rslora)
         self.dropout = dropout
         self.context = context
         # fp32: bf16 loses small updates. CPU: the base may be on meta, the factors are real from the start.
@@ -68,6 +68,11 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, dropout={self.dropout}"
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """The factor before B A."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
 def draw_a(seed: int, name: str, r: int, in_features: int, init: Literal["kaiming", "gaussian"]) -> Tensor:
