@@ -132,6 +132,7 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
     on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
     folder, identity = setup.open_base(cfg, screen)
     resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
+    start = on_rank_zero(lambda: None if resume else setup.find_init_adapter(cfg, folder, identity))
     data = run_data.read_data(cfg, folder, here)
     run_data.say_data(cfg, data, here, screen)
     saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
@@ -139,7 +140,7 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
         return
-    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
+    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
     for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")
