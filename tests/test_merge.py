@@ -324,6 +324,7 @@ def test_a_tied_output_layer_is_refused(tmp_path: Path, capfd: pytest.CaptureFix
     [
         (("--weights", "1,2"), "--weights has 2 numbers for 1 adapters"),
         (("--weights", "one"), "--weights is 'one'; give numbers"),
+        (("--weights", "nan"), "--weights is 'nan'; give numbers"),
         (("--base", "/nowhere/at-all"), "which does not exist"),
         ((), "is base, which is no folder here"),
     ],

@@ -1,6 +1,7 @@
 """`lora-scale merge`: base + adapters -> a model folder, file by file; killed and called again, it goes on."""
 
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -101,7 +102,9 @@ def _read(paths: Sequence[Path], weights: str | None) -> list[Part]:
     try:
         factors = [float(weight) for weight in weights.split(",")] if weights else [1.0] * len(paths)
     except ValueError:
-        raise UsageError(f"--weights is {weights!r}; give numbers with commas between them, as in 0.7,0.3") from None
+        factors = [math.nan]
+    if not all(map(math.isfinite, factors)):
+        raise UsageError(f"--weights is {weights!r}; give numbers with commas between them, as in 0.7,0.3")
     if len(factors) != len(paths):
         raise UsageError(f"--weights has {len(factors)} numbers for {len(paths)} adapters; give one for each")
     found = [source.find(path) for path in paths]

@@ -96,6 +96,9 @@ class TrainConfig(Section):
     """Blocks per rank in one forward pass."""
     lr: PositiveFloat = 2e-4
     """Peak learning rate."""
+    loraplus_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of B over that of A, which is `lr` (LoRA+, https://arxiv.org/abs/2402.12354, and PEFT's name of
+    it)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up; cosine and linear end at 0."""
     warmup_steps: NonNegative = 0
@@ -174,6 +177,8 @@ class RunConfig(Section):
             raise ValueError("train.epochs or train.max_steps must be given; for example train.epochs=1")
         if self.init_adapter is not None and self.method != "lora":
             raise ValueError(f"init_adapter is {self.init_adapter}, but method is {self.method}; leave one out")
+        if self.train.loraplus_lr_ratio != 1.0 and self.method != "lora":
+            raise ValueError(f"train.loraplus_lr_ratio is {self.train.loraplus_lr_ratio}, but method is {self.method}")
         if isinstance(self.data.validation, float) and not 0.0 < self.data.validation < 1.0:
             raise ValueError(f"data.validation is {self.data.validation}; a fraction lies between 0 and 1")
         if self.train.global_batch_size % self.train.micro_batch_size:
