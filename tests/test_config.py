@@ -21,7 +21,7 @@ train:
   epochs: 1
 """
 LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A"
-TOP = "keys at the top: run_dir, method, precision, recompute, resume, seed"
+TOP = "keys at the top: run_dir, method, precision, recompute, resume, init_adapter, allow_other_base, seed"
 ALL = f"{TOP}; sections: model, data, lora, train, eval, save, parallel"
 PATTERNS = "lora.rank_pattern must be a mapping from patterns to whole numbers of at least 1"
 

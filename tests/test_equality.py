@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from ranks import run_ranks
 from tiny import tiny_folder
-from training import Trace, assert_equal, config, reference, write_rows
+from training import Trace, _our_name, assert_equal, config, random_factors, reference, write_rows
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.ranks
 
@@ -37,8 +40,22 @@ def trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     folder = tmp_path_factory.mktemp("runs")
     rows = write_rows(folder / "rows.jsonl")
     cases = {name: config(model, rows, folder / "run", **changes) for name, changes in CASES.items()}
+    start = peft_folder(model, cases["stage 3"]["lora"], folder / "peft")
+    cases["from an adapter that PEFT saved"] = config(model, rows, folder / "run", init_adapter=str(start))
     full = {n: config(model, rows, folder / "run", method="full", train__lr=1e-3, **c) for n, c in FULL.items()}
     return cases | full
+
+
+def peft_folder(model: Path, lora: dict[str, Any], out: Path) -> Path:
+    """What PEFT saves of the factors that every other run here starts from."""
+    targets = [f"{role}_proj" for role in lora["target_modules"]]
+    cfg = LoraConfig(r=lora["r"], lora_alpha=int(lora["lora_alpha"]), target_modules=targets)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), cfg)
+    named = {_our_name(name): p for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, value in random_factors({name: tuple(p.shape) for name, p in named.items()}).items():
+        named[name].data.copy_(value)
+    theirs.save_pretrained(out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +74,7 @@ COVERING = (
 @pytest.mark.parametrize(
     ("ranks", "names"),
     [
-        (2, (*CASES, *FULL)),
+        (2, (*CASES, "from an adapter that PEFT saved", *FULL)),
         (1, COVERING),
         (3, COVERING),
         pytest.param(1, (*CASES, *FULL), marks=pytest.mark.long),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lora_scale.commands import export
 from lora_scale.parallel import verify
 from lora_scale.parallel.checkpoint import State
 from lora_scale.spec.config import LoraConfig, RunConfig
+from lora_scale.storage.card import adapter_card
 from lora_scale.storage.folder import fingerprint, open_folder
 from lora_scale.storage.weights import read_safetensors
 
@@ -99,7 +101,8 @@ def test_the_newest_checkpoint_becomes_a_folder_that_peft_loads(
     out = tmp_path / "adapters" / "mine"
     code, said, complaints = call(capsys, run, "--out", out)
     assert (code, complaints) == (0, "")
-    assert sorted(file.name for file in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = sorted(file.name for file in out.iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert [path.name for path in out.parent.iterdir()] == ["mine"]
     newest, exported = factors_of(run / "checkpoints/step-000010"), factors_of(out)
     assert all(torch.equal(newest[name], exported[name]) for name in newest) and newest.keys() == exported.keys()
@@ -107,6 +110,9 @@ def test_the_newest_checkpoint_becomes_a_folder_that_peft_loads(
     assert "verified PEFT's logits equal ours in fp32: largest difference" in said
     assert f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{out}')" in said
     assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules mine={out}\n" in said
+    assert f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths mine={out}\n" in said
+    assert said.endswith(f"to the hub:\n  hf upload ORG/mine {out}\n")
+    assert peft.base_fingerprint(out) == fingerprint(open_folder(base))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), out)
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
     assert torch.equal(layer.lora_B["default"].weight, exported["model.layers.1.mlp.down_proj.lora_B"])
@@ -128,7 +134,8 @@ def test_other_families_verify(model_type: str, tmp_path: Path, capsys: pytest.C
     code, said, complaints = call(capsys, run, "--out", tmp_path / "out", "--verify")
     assert (code, complaints) == (0, "")
     assert "verified PEFT's logits equal ours" in said
-    assert "with vLLM:\n  not this adapter: vLLM ignores rank_pattern" in said and "vllm serve" not in said
+    assert said.count("  not this adapter: it scales all layers by one lora_alpha / r") == 2 and "serve " not in said
+    assert ("it has no LoRA for models of type" in said) == (model_type in ("gpt2", "falcon"))
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bf16", "BF16"), ("fp16", "F16")])
@@ -209,8 +216,8 @@ def test_a_wrong_file_is_found_and_leaves_nothing(
     """One factor of ten is written 1 % too large."""
     right = peft.write_adapter
 
-    def wrong(folder: Path, factors: dict[str, torch.Tensor], config: dict[str, Any], dtype: Any) -> None:
-        right(folder, factors | {(last := list(factors)[-1]): factors[last] * 1.01}, config, dtype)
+    def wrong(folder: Path, factors: dict[str, torch.Tensor], *rest: Any) -> None:
+        right(folder, factors | {(last := list(factors)[-1]): factors[last] * 1.01}, *rest)
 
     monkeypatch.setattr(peft, "write_adapter", wrong)
     code, said, complaint = call(capsys, run, "--out", tmp_path / "out")
@@ -269,15 +276,73 @@ def test_what_is_no_checkpoint_is_said(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("r", "line"), [(8, "--max-lora-rank 8 "), (9, "--max-lora-rank 16 "), (513, "takes ranks up to 512")]
-)
-def test_vllm_is_told_a_rank_that_it_takes(r: int, line: str) -> None:
-    adapter = peft.Adapter({"r": r}, {"m.lora_A": torch.zeros(r, 2), "m.lora_B": torch.zeros(2, r)})
-    assert line in "\n".join(export._ways_to_use(adapter, Path("out dir/x"), "org/base"))
+def test_no_file_names_a_path_a_user_or_a_host(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run whose records are full of them; the card has what a reader needs instead."""
+    home = tmp_path / "home" / "a-user-of-ours"
+    run = make_run(home / "runs/x", base)
+    config = json.loads((run / "config.resolved.json").read_text())
+    config["data"] |= {"train": str(home / "rows/train.jsonl"), "validation": str(home / "rows/held-out.jsonl")}
+    (run / "config.resolved.json").write_text(json.dumps(config))
+    manifest = {"command": ["lora-scale", "train", str(home / "run.yaml")], "data": {"rows": 60, "path": str(home)}}
+    (run / "manifest.json").write_text(json.dumps(manifest | {"versions": {"torch": "2.13.0"}}))
+    rows = [{"step": 0, "val_loss": 3.5}, *({"step": n, "loss": 3.0, "tokens": 100} for n in range(1, 11))]
+    rows[-1]["val_loss"] = 2.25
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "checkpoints/step-000010/chat_template.jinja").write_text("{{ messages }}")
+    assert call(capsys, run, "--out", tmp_path / "out", "--verify", "--base", base)[0] == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert files["chat_template.jinja"] == b"{{ messages }}"
+    for secret in (str(tmp_path), "a-user-of-ours", os.uname().nodename, str(Path.home()), str(base.parent)):
+        assert not [name for name, content in files.items() if secret.encode() in content], secret
+    card = files["README.md"].decode()
+    for told in ("train.jsonl", "held-out.jsonl", "| 10 | 2.2500 |", "| tokens trained | 1,000 |", "rows | 60 |"):
+        assert told in card, card
+    assert fingerprint(open_folder(base)) in card and "base_model:" not in card  # tiny-llama is no name on the hub
+    assert "base_model: org/tiny" in adapter_card("org/tiny", None, json.loads(files["adapter_config.json"]), 3, None)
 
 
-def test_help_says_what_is_written_and_names_no_verb_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["/data/models/llama", "./llama", "~/llama", "."])
+def test_a_base_name_is_no_path(name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, complaint = call(capsys, run, "--out", tmp_path / "out", "--base-name", name, "--no-verify")
+    assert code == 2 and f"--base-name is {name}, a place on this machine" in complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_revision_of_a_base_from_the_hub_is_kept(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub/models--org--tiny/snapshots" / commit
+    shutil.copytree(base, cached)
+    run = make_run(tmp_path / "run", cached)
+    assert call(capsys, run, "--out", tmp_path / "out", "--no-verify")[0] == 0
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", commit)
+
+
+def test_an_export_can_be_exported_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, run, "--out", tmp_path / "a", "--no-verify")[0] == 0
+    code, said, _ = call(capsys, tmp_path / "a", "--out", tmp_path / "b", "--dtype", "bf16", "--no-verify")
+    assert code == 0 and f"from     {tmp_path / 'a'}\n" in said
+    assert peft.base_fingerprint(tmp_path / "b") == peft.base_fingerprint(tmp_path / "a") is not None
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        code, _, complaint = call(capsys, run, "--out", tmp_path / "out", "--no-verify")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 3 and f"{tmp_path / 'out'} was not written: File too large" in complaint
+    assert complaint.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_help_opens_with_what_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = call(capsys, "--help")
-    assert code == 0 and "Write the adapter of a run's newest checkpoint" in said
-    assert "merge" not in said or "merge" in cli.VERBS
+    assert code == 0 and "for full weights see `lora-scale merge`" in " ".join(said.split())

@@ -17,7 +17,7 @@ from tiny import FAMILIES
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from lora_scale.adapters import peft
+from lora_scale.adapters import peft, targets
 from lora_scale.adapters.lora import LoRALinear, adapt
 from lora_scale.spec.config import LoraConfig
 from lora_scale.spec.errors import CheckpointError
@@ -105,12 +105,12 @@ def test_target_modules_are_short_and_exact(model_type: str, targets: tuple[str,
 
 def test_a_name_that_ends_another_name_is_written_as_an_expression() -> None:
     modules = ["a.b", "x.a.b", "c.b"]
-    expression = peft.exact_suffixes(modules, ["a.b"])
+    expression = targets.exact_suffixes(modules, ["a.b"])
     assert isinstance(expression, str)
     assert [name for name in modules if check_target_module_exists(PeftConfig(target_modules=expression), name)] == [
         "a.b"
     ]
-    assert peft.exact_suffixes(modules, ["x.a.b"]) == ["x.a.b"]
+    assert targets.exact_suffixes(modules, ["x.a.b"]) == ["x.a.b"]
 
 
 PEFT_CONFIGS = {

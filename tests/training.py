@@ -79,15 +79,15 @@ def random_factors(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def start(here: World, tree: dict[str, Any], *, randomise: bool = True) -> setup.Job:
-    """The product's own set-up of a run; then, for adapters, both factors drawn non-zero."""
+    """The product's own set-up of a run; then, for adapters that start anew, both factors drawn non-zero."""
     cfg = RunConfig.model_validate(tree)
     screen = Console(rank=1)  # silent
     folder, identity = setup.open_base(cfg, screen)
     grid = grids.make(cfg.parallel, here)
     data = run_data.read_data(cfg, folder, grid)
-    model, dropout, _ = setup.build_model(cfg, folder)
+    model, dropout, _ = setup.build_model(cfg, folder, setup.find_init_adapter(cfg, folder, identity))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
-    if randomise and cfg.method == "lora":
+    if randomise and cfg.method == "lora" and cfg.init_adapter is None:
         parts = job.engine.parts()
         values = random_factors({p.name: p.whole_shape for p in parts})
         zeros = {name: torch.zeros_like(value) for name, value in values.items()}

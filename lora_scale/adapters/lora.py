@@ -47,7 +47,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = features(base_layer)
         self.r = r
         self.lora_alpha = lora_alpha
-        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+        self.scaling = scaling(r, lora_alpha, use_rslora)
         self.dropout = dropout
         self.context = context
         self.first_feature = 0  # of the input, in the whole layer's: other than 0 where lora_A is cut
@@ -69,6 +69,11 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, dropout={self.dropout}"
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """The factor before B A."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
 def draw_a(seed: int, name: str, r: int, in_features: int, init: Literal["kaiming", "gaussian"]) -> Tensor:

@@ -10,8 +10,7 @@ wraps the folder in `storage.durable.whole_directory`.
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_scale.adapters.lora import LoRALinear
-from lora_scale.adapters.targets import by_pattern, pattern_matches
+from lora_scale.adapters.lora import LoRALinear, scaling
+from lora_scale.adapters.targets import by_pattern, exact_suffixes, pattern_matches
 from lora_scale.spec.config import LoraConfig
 from lora_scale.spec.errors import CheckpointError, ModelError
 from lora_scale.spec.layout import ByteRange
@@ -28,6 +27,7 @@ from lora_scale.storage.durable import write_file
 from lora_scale.storage.weights import Reader, read_safetensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+FINGERPRINT = "base_fingerprint"
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "fp32": ("F32", torch.float32),
     "bf16": ("BF16", torch.bfloat16),
@@ -67,6 +67,11 @@ class Adapter:
     @property
     def max_rank(self) -> int:
         return max(self.factors[module + _FACTORS[0]].shape[0] for module in self.modules)
+
+    def scaling(self, module: str) -> float:
+        """The factor before B A of one module."""
+        alpha = by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
+        return scaling(self.factors[module + _FACTORS[0]].shape[0], alpha, bool(self.config.get("use_rslora")))
 
     def lora_config(self) -> LoraConfig:
         """The `lora` section that adapts these modules, by their full names, with the same r, scaling and dropout."""
@@ -125,25 +130,6 @@ def adapter_config(
     }
 
 
-def exact_suffixes(modules: Iterable[str], chosen: Iterable[str]) -> list[str] | str:
-    """The shortest ends of names, at a dot, that PEFT's rule matches to `chosen` and to no other of `modules`.
-
-    Where a whole name is the end of another module's, no list is exact, and this is a regular expression.
-    """
-    chosen = list(chosen)
-    everywhere = Counter(end for name in modules for end in _ends(name))
-    wanted = Counter(end for name in chosen for end in _ends(name))
-    ends = [next((end for end in _ends(name) if everywhere[end] == wanted[end]), None) for name in chosen]
-    if None in ends:
-        return "|".join(re.escape(name) for name in chosen)
-    return [end for end in dict.fromkeys(ends) if end is not None]
-
-
-def _ends(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in reversed(range(len(parts))))
-
-
 def _short(alpha: float) -> int | float:
     """PEFT declares alpha an integer; 16.0 is written as 16."""
     return int(alpha) if alpha.is_integer() else alpha
@@ -158,11 +144,16 @@ def write_adapter(
     factors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    fingerprint: str | None = None,
 ) -> None:
-    """Both files into an existing folder; `factors` by parameter name. A value that `dtype` cannot hold is an error."""
+    """Both files into an existing folder; `factors` by parameter name. A value that `dtype` cannot hold is an error.
+
+    `fingerprint` is the base's: it goes into the metadata of the safetensors file, which PEFT and vLLM pass over.
+    """
+    metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
     stored, target = DTYPES[dtype]
     specs = [(key(name), stored, tuple(factor.shape)) for name, factor in factors.items()]
-    write_safetensors(folder / WEIGHTS_FILE, specs, _bytes(factors, dtype, target), {"format": "pt"})
+    write_safetensors(folder / WEIGHTS_FILE, specs, _bytes(factors, dtype, target), metadata)
     write_config(folder, config)
 
 
@@ -201,6 +192,15 @@ def read_adapter(folder: Path) -> Adapter:
         raise CheckpointError(str(error)) from error
     _check_pairs(path, config, factors)
     return Adapter(config, factors)
+
+
+def base_fingerprint(folder: Path) -> str | None:
+    """Of the base that an exported adapter was trained on; None where the files do not say."""
+    path = folder / WEIGHTS_FILE
+    try:
+        return read_safetensors(path)[1].get(FINGERPRINT) if path.is_file() else None
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -38,7 +38,7 @@ def select_targets(model: nn.Module, cfg: LoraConfig) -> dict[str, tuple[int, fl
         raise ConfigError("lora.target_modules is empty; name at least one, for example lora.target_modules=[q,v]")
     modules = {name: module for name, module in model.named_modules() if name}
     chosen = {name for entry in cfg.target_modules for name in _matches(model, modules, entry)}
-    _refuse_tied_output(model, modules, chosen)
+    refuse_tied_output(model, modules, chosen)
     ordered = [name for name in modules if name in chosen]
     _check_patterns("rank_pattern", cfg.rank_pattern, ordered)
     _check_patterns("alpha_pattern", cfg.alpha_pattern, ordered)
@@ -114,6 +114,25 @@ def pattern_matches(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
+def exact_suffixes(modules: Iterable[str], chosen: Iterable[str]) -> list[str] | str:
+    """The shortest ends of names, at a dot, that PEFT's rule matches to `chosen` and to no other of `modules`.
+
+    Where a whole name is the end of another module's, no list is exact, and this is a regular expression.
+    """
+    chosen = list(chosen)
+    everywhere = Counter(end for name in modules for end in _ends(name))
+    wanted = Counter(end for name in chosen for end in _ends(name))
+    ends = [next((end for end in _ends(name) if everywhere[end] == wanted[end]), None) for name in chosen]
+    if None in ends:
+        return "|".join(re.escape(name) for name in chosen)
+    return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+def _ends(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in reversed(range(len(parts))))
+
+
 def _check_patterns(key: str, patterns: Mapping[str, object], targets: list[str]) -> None:
     for pattern in patterns:
         try:
@@ -127,7 +146,8 @@ def _check_patterns(key: str, patterns: Mapping[str, object], targets: list[str]
             )
 
 
-def _refuse_tied_output(model: nn.Module, modules: Mapping[str, nn.Module], chosen: set[str]) -> None:
+def refuse_tied_output(model: nn.Module, modules: Mapping[str, nn.Module], chosen: set[str]) -> None:
+    """ConfigError when an output layer that shares its weight with the input embedding is to be adapted."""
     output = _output_embedding(model)
     if output is None:
         return

@@ -1,38 +1,42 @@
 """`lora-scale export`: a checkpoint's adapter in PEFT form, compared with PEFT before it gets its name."""
 
 import importlib.util
+import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
 from lora_scale.adapters import peft
 from lora_scale.adapters.peft import Adapter
 from lora_scale.commands.options import EXIT_CODES
-from lora_scale.parallel import checkpoint, verify
+from lora_scale.parallel import verify
+from lora_scale.parallel.source import Source, find, refuse_another_base, refuse_used
+from lora_scale.spec import serving
 from lora_scale.spec.config import ModelConfig
-from lora_scale.spec.errors import CheckpointError, DoesNotFitError, LoraScaleError, ModelError, UsageError
-from lora_scale.storage import checkpoints, hub, runlog
-from lora_scale.storage.durable import whole_directory
+from lora_scale.spec.errors import DoesNotFitError, LoraScaleError, ModelError, UsageError
+from lora_scale.storage import companions, hub, runlog
+from lora_scale.storage.card import Training, adapter_card
+from lora_scale.storage.durable import whole_directory, write_file
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that its --max-lora-rank takes
+from lora_scale.storage.staging import disk_errors
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A checkpoint, and what is known of its base."""
+class Base:
+    """What the adapter stands on: where it is to be found, and what it is called in files."""
 
-    path: Path
-    """The checkpoint's folder."""
-    state: checkpoint.State
     model: ModelConfig | None
-    named_base: bool
+    name: str
+    revision: str | None
+    model_type: str | None
+    """By config.json, where the base is here."""
+    given: bool
     """The user gave --base: it must then be the right one, also where the export is not verified."""
 
 
@@ -53,83 +57,81 @@ class Source:
 def command(
     source: Path, out: Path, dtype: Dtype, base: str | None, base_name: str | None, wanted: bool | None
 ) -> None:
-    """Write the adapter of a run's newest checkpoint, or of a given one, as a folder that PEFT and vLLM load.
+    """Write the adapter of a run's newest checkpoint, or of a given one; for full weights see `lora-scale merge`.
 
     \b
     lora-scale export runs/x --out adapters/x
     lora-scale export runs/x/checkpoints/step-000500 --out adapters/x-500 --dtype bf16
 
-    The folder holds a few megabytes: adapter_model.safetensors and adapter_config.json, with no path, user or machine
-    in them. The base model is not in it and is not changed.
+    The folder holds a few megabytes that PEFT, vLLM and SGLang load: adapter_model.safetensors, adapter_config.json
+    and a README.md with data, settings and losses; no path, user or machine is in them. The base is not in it. The
+    last lines are the commands that use it.
     """
-    found = find(source, base)
+    found = find(source)
+    for note in found.notes:
+        click.echo(f"skipped  {note}", err=True)
     adapter = peft.read_adapter(found.path)
-    _refuse_used(out)
-    name = base_name or (peft.public_name(base) if base else adapter.config["base_model_name_or_path"])
-    with whole_directory(out) as partial:
-        peft.write_adapter(partial, adapter.factors, adapter.config | {"base_model_name_or_path": name}, dtype)
-        verdict = _verdict(found, adapter, partial, dtype, wanted)
+    refuse_used(out)
+    on = _base(found, adapter, base, base_name)
+    config = adapter.config | {"base_model_name_or_path": on.name, "revision": on.revision}
+    with disk_errors(f"{out} was not written"), whole_directory(out) as partial:
+        peft.write_adapter(partial, adapter.factors, config, dtype, found.base_fingerprint)
+        for name, file in companions.of_tokenizer(found.path).items():
+            write_file(partial / name, [file.read_bytes()])
+        write_file(partial / "README.md", [_card(found, on.name, config).encode()])
+        verdict = _verdict(found, on, adapter, partial, dtype, wanted)
     size = sum(file.stat().st_size for file in out.iterdir())
     click.echo(
         f"wrote    {out} ({size / 2**20:.1f} MiB, {dtype}, {len(adapter.modules)} layers, r = {adapter.max_rank})"
     )
-    click.echo(f"from     {found.path} (step {found.state.step:,}, {found.state.tokens_seen:,} tokens seen)")
+    trained = f" (step {found.state.step:,}, {found.state.tokens_seen:,} tokens seen)" if found.state else ""
+    click.echo(f"from     {found.path}{trained}")
     click.echo(verdict)
-    click.echo("\n".join(_ways_to_use(adapter, out, found.model.path if found.model else name)))
+    click.echo("\n".join(_ways_to_use(config, adapter, out, on)))
 
 
-def find(source: Path, base: str | None) -> Source:
-    """The checkpoint that `source` names, with its run's model; a checkpoint of full fine-tuning has no adapter."""
-    path = source if (source / checkpoint.STATE).is_file() else _newest(source)
-    state = checkpoint.read_state(path)
-    if state.method != "lora":
-        weights = checkpoint.WEIGHTS[state.method]
-        raise CheckpointError(
-            f"{path} is of full fine-tuning (method: {state.method}) and holds no adapter; its {weights} is the whole "
-            f"model: copy the base's folder without its weights, and put this file there as model.safetensors"
-        )
-    run = path.absolute().parent.parent
-    model = None
-    if (run / runlog.RESOLVED).is_file():
-        model = ModelConfig.model_validate(runlog.read_resolved_config(run)["model"])
+def _base(found: Source, adapter: Adapter, base: str | None, base_name: str | None) -> Base:
+    """The base as the run had it or as --base says, and a name for it that means something elsewhere."""
+    model = found.model
     if base is not None:
         model = model.model_copy(update={"path": base, "revision": None}) if model else ModelConfig(path=base)
-    return Source(path, state, model, named_base=base is not None)
+    if base_name is not None and (base_name.startswith(("/", ".", "~")) or Path(base_name).exists()):
+        raise UsageError(f"--base-name is {base_name}, a place on this machine; give a name, as org/model on the hub")
+    named = str(adapter.config.get("base_model_name_or_path") or "")
+    name = base_name or (peft.public_name(base) if base else peft.public_name(named) if named else "unknown")
+    revision = model.revision or hub.commit_of(Path(model.path)) if model else None
+    return Base(model, name, revision or adapter.config.get("revision"), _model_type(model), given=base is not None)
 
 
-def _newest(run: Path) -> Path:
-    folder = run / runlog.CHECKPOINTS
-    if not folder.is_dir():
-        what = "is neither a run directory nor a checkpoint" if run.is_dir() else "does not exist"
-        raise CheckpointError(f"{run} {what}; a run directory has {runlog.CHECKPOINTS}/ in it")
-    for _, what in checkpoints.list_damaged(folder):
-        click.echo(f"skipped  {what}", err=True)
-    whole = checkpoints.list_checkpoints(folder)
-    if not whole:
-        raise CheckpointError(f"{run} has no whole checkpoint; the run that writes one is `lora-scale train`")
-    return whole[-1][1]
+def _model_type(model: ModelConfig | None) -> str | None:
+    file = Path(model.path).expanduser() / "config.json" if model else None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["model_type"]) if file else None
+    except (OSError, ValueError, KeyError, TypeError):  # the base is not here, or not whole: the comparison says so
+        return None
 
 
-def _refuse_used(out: Path) -> None:
-    """An empty folder gives way to the one that gets its name when it is whole."""
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-    elif out.exists():
-        raise UsageError(f"--out is {out}, which is {'not empty' if out.is_dir() else 'a file'}; name a new folder")
+def _card(found: Source, name: str, config: dict[str, Any]) -> str:
+    training = None
+    if found.run is not None and (found.run / runlog.MANIFEST).is_file():
+        training = Training(
+            runlog.read_resolved_config(found.run), runlog.read_manifest(found.run), runlog.read_metrics(found.run)
+        )
+    return adapter_card(name, found.base_fingerprint, config, found.state.step if found.state else None, training)
 
 
-def _verdict(found: Source, adapter: Adapter, exported: Path, dtype: Dtype, wanted: bool | None) -> str:
+def _verdict(found: Source, on: Base, adapter: Adapter, exported: Path, dtype: Dtype, wanted: bool | None) -> str:
     """One line on what PEFT makes of the folder. What hinders the comparison is an error only for who asked for it."""
     skipped = "not verified: --no-verify"
-    if wanted is False and not found.named_base:
+    if wanted is False and not on.given:
         return skipped
     try:
-        base = _open_base(found, download=bool(wanted))
+        base = _open_base(found, on, download=bool(wanted))
     except (ModelError, UsageError) as reason:
-        if wanted or found.named_base:
+        if wanted or on.given:
             raise
         return f"not verified: {reason}"
-    _refuse_another_base(base, found)
+    refuse_another_base(found, base, fingerprint(base), "give --base with the model of the run")
     if wanted is False:
         return skipped
     try:
@@ -138,24 +140,15 @@ def _verdict(found: Source, adapter: Adapter, exported: Path, dtype: Dtype, want
         if wanted:
             raise
         return f"not verified: {reason}"
-    return _compare(found, base, adapter, exported, dtype)
+    return _compare(on, base, adapter, exported, dtype)
 
 
-def _open_base(found: Source, download: bool) -> ModelFolder:
-    if found.model is None:
+def _open_base(found: Source, on: Base, download: bool) -> ModelFolder:
+    if on.model is None:
         raise UsageError(f"{found.path} is not in its run directory, which says where the base is; give --base")
-    if not download and not Path(found.model.path).expanduser().exists():
-        raise ModelError(f"the base {found.model.path} is no folder here; give --base, or --verify to fetch it")
-    return open_folder(hub.resolve(found.model), found.model.trust_remote_code)
-
-
-def _refuse_another_base(base: ModelFolder, found: Source) -> None:
-    here, trained_on = fingerprint(base), found.state.base_fingerprint
-    if here != trained_on:
-        raise CheckpointError(
-            f"{found.path} was trained on another base than {base.path}: its fingerprint is {trained_on[:19]}..., "
-            f"this folder's {here[:19]}...; give --base with the model of the run"
-        )
+    if not download and not Path(on.model.path).expanduser().exists():
+        raise ModelError(f"the base {on.model.path} is no folder here; give --base, or --verify to fetch it")
+    return open_folder(hub.resolve(on.model), on.model.trust_remote_code)
 
 
 def _check_possible(base: ModelFolder) -> None:
@@ -169,8 +162,8 @@ def _check_possible(base: ModelFolder) -> None:
         )
 
 
-def _compare(found: Source, base: ModelFolder, adapter: Adapter, exported: Path, dtype: Dtype) -> str:
-    trust = found.model is not None and found.model.trust_remote_code
+def _compare(on: Base, base: ModelFolder, adapter: Adapter, exported: Path, dtype: Dtype) -> str:
+    trust = on.model is not None and on.model.trust_remote_code
     result = verify.compare(base.path, exported, adapter, dtype, trust)
     if not result.equal:
         raise LoraScaleError(
@@ -184,20 +177,20 @@ def _compare(found: Source, base: ModelFolder, adapter: Adapter, exported: Path,
     )
 
 
-def _ways_to_use(adapter: Adapter, out: Path, base: str) -> Iterator[str]:
-    """A snippet for PEFT, and a command for vLLM where it would compute the same."""
+def _ways_to_use(config: Mapping[str, Any], adapter: Adapter, out: Path, on: Base) -> Iterator[str]:
+    """Commands to copy; a server that would not compute the same is named with the reason instead."""
+    base = on.model.path if on.model else on.name
     yield f"""
 with PEFT:
   from peft import PeftModel
   from transformers import AutoModelForCausalLM
   model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(out)!r})
-
-with vLLM:"""
-    rank = next((rank for rank in VLLM_RANKS if rank >= adapter.max_rank), None)
-    if adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"):
-        yield "  not this adapter: vLLM ignores rank_pattern and alpha_pattern, and would scale its layers wrongly"
-    elif rank is None:
-        yield f"  not this adapter: vLLM takes ranks up to {VLLM_RANKS[-1]}, and this one has r = {adapter.max_rank}"
-    else:
-        module = shlex.quote(f"{out.name}={out}")
-        yield f"  vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {module}"
+"""
+    module, served = shlex.quote(f"{out.name}={out}"), shlex.quote(base)
+    modules, rank = adapter.modules, adapter.max_rank
+    for server, rules in serving.SERVERS.items():
+        yield f"with {server} (rules of {rules.read}):"
+        reasons = rules.reasons(config, modules, rank, on.model_type)
+        yield from (f"  not this adapter: {reason}" for reason in reasons)
+        yield "  `lora-scale merge` makes a model for it" if reasons else "  " + rules.command(served, module, rank)
+    yield f"\nto the hub:\n  hf upload ORG/{shlex.quote(out.name)} {shlex.quote(str(out))}"

@@ -138,6 +138,7 @@ def run(
     grid = grids.make(cfg.parallel, here)
     folder, identity = setup.open_base(cfg, screen)
     resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
+    start = on_rank_zero(lambda: None if resume else setup.find_init_adapter(cfg, folder, identity))
     data = run_data.read_data(cfg, folder, grid)
     run_data.say_data(cfg, data, grid, screen)
     saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
@@ -147,7 +148,7 @@ def run(
         return
     limit = fits.device_gib(here.device)
     cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, ignore_plan))
-    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
+    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
     for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")

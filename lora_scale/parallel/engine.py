@@ -93,13 +93,22 @@ def clips_itself(cfg: RunConfig) -> bool:
 
 
 def optimizer_for(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; those with fewer than two dims (norms, biases) do not decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over the trainable parameters; those with fewer than two dims (norms, biases) do not decay.
+
+    A group's `lr_ratio` is its learning rate over the schedule's: other than 1 for lora_B in LoRA+.
+    """
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # no empty group, which breaks torch's own bookkeeping
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            members.setdefault((len(zero3.shape(p)) >= 2, name.endswith(".lora_B")), []).append(p)
     groups = [
-        {"params": [p for p in trainable if len(zero3.shape(p)) >= 2], "weight_decay": cfg.train.weight_decay},
-        {"params": [p for p in trainable if len(zero3.shape(p)) < 2], "weight_decay": 0.0},
+        {
+            "params": found,
+            "weight_decay": cfg.train.weight_decay if decays else 0.0,
+            "lr_ratio": cfg.train.loraplus_lr_ratio if is_b else 1.0,
+        }
+        for (decays, is_b), found in members.items()
     ]
-    groups = [group for group in groups if group["params"]]  # an empty group breaks torch's own bookkeeping
     return torch.optim.AdamW(groups, lr=cfg.train.lr, betas=cfg.train.betas, eps=cfg.train.eps)
 
 
@@ -147,7 +156,7 @@ class Engine:
         `stop()` says whether this rank was asked to stop; the answer, for all ranks, comes with the loss.
         """
         for group in self.ds.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         torch.manual_seed(_mix(self.cfg.seed, number, self.grid.dp_rank))  # the base's own dropout, when it is not 0
         norm: Tensor | None = None
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # loss, asked to stop

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_scale.adapters import peft
+from lora_scale.adapters import initial, peft
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
 from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.targets import fused_notes
-from lora_scale.parallel import load, recompute, tensor_parallel, zero3
+from lora_scale.parallel import load, recompute, source, tensor_parallel, zero3
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import Engine, ds_config
@@ -110,15 +110,34 @@ def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
     return folder, identity
 
 
-def build_model(cfg: RunConfig, folder: ModelFolder) -> tuple[nn.Module, DropoutContext | None, list[str]]:
-    """The model on meta with its trainable parts marked: adapters put in, or the whole base; and notes for the user."""
+def find_init_adapter(cfg: RunConfig, folder: ModelFolder, identity: str) -> Path | None:
+    """The folder with the factors to start from, once it is known to be of this base; for the first rank."""
+    if cfg.init_adapter is None:
+        return None
+    found = source.find(cfg.init_adapter)
+    if not cfg.allow_other_base:
+        way_out = "set model.path to that base, or allow_other_base=true"
+        source.refuse_another_base(found, folder, identity, way_out)
+    return found.path
+
+
+def build_model(
+    cfg: RunConfig, folder: ModelFolder, start: Path | None = None
+) -> tuple[nn.Module, DropoutContext | None, list[str]]:
+    """The model on meta with its trainable parts marked: adapters put in, or the whole base; and notes for the user.
+
+    `start` is an adapter folder whose factors are taken in place of drawn ones.
+    """
     model = load.empty(folder, cfg)
     if cfg.method == "full":
         model.requires_grad_(True)
         return model, None, []
     dropout = DropoutContext(cfg.seed) if cfg.lora.dropout else None
     notes = fused_notes(model, cfg.lora)
-    adapt(model, cfg.lora, cfg.seed, dropout)
+    layers = adapt(model, cfg.lora, cfg.seed, dropout)
+    if start is not None:
+        initial.start_from(start, layers)
+        notes.append(f"starts from the factors of {start}")
     freeze_linears(model)
     return model, dropout, notes
 

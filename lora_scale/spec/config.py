@@ -96,6 +96,9 @@ class TrainConfig(Section):
     """Blocks per rank in one forward pass."""
     lr: PositiveFloat = 2e-4
     """Peak learning rate."""
+    loraplus_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of B over that of A, which is `lr` (LoRA+, https://arxiv.org/abs/2402.12354, and PEFT's name of
+    it)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up; cosine and linear end at 0."""
     warmup_steps: NonNegative = 0
@@ -176,6 +179,11 @@ class RunConfig(Section):
     resume: Literal["auto", "never"] | PathValue = "auto"
     """`auto` goes on from the newest checkpoint in `run_dir`; `never` refuses a `run_dir` that has one; or the path
     of a checkpoint."""
+    init_adapter: PathValue | None = None
+    """Start from the factors of this adapter, with a fresh optimizer: a run, a checkpoint, or a folder that `export` or
+    PEFT wrote. Modules, r and scaling must be those of `lora`. Not read when the run resumes."""
+    allow_other_base: bool = False
+    """Take an `init_adapter` that was trained on another base."""
     seed: NonNegative = 0
     """Seeds the adapter's initialisation, the data order and dropout. Results do not depend on the number of ranks."""
     lora: LoraConfig = LoraConfig()
@@ -215,6 +223,10 @@ class RunConfig(Section):
             )
         if self.train.epochs is None and self.train.max_steps is None:
             raise ValueError("train.epochs or train.max_steps must be given; for example train.epochs=1")
+        if self.init_adapter is not None and self.method != "lora":
+            raise ValueError(f"init_adapter is {self.init_adapter}, but method is {self.method}; leave one out")
+        if self.train.loraplus_lr_ratio != 1.0 and self.method != "lora":
+            raise ValueError(f"train.loraplus_lr_ratio is {self.train.loraplus_lr_ratio}, but method is {self.method}")
         if isinstance(self.data.validation, float) and not 0.0 < self.data.validation < 1.0:
             raise ValueError(f"data.validation is {self.data.validation}; a fraction lies between 0 and 1")
         if self.train.global_batch_size % self.train.micro_batch_size:

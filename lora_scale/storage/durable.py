@@ -5,13 +5,15 @@ Knows the order of write, fsync and rename; knows nothing of what is written. Ev
 tests kill the process before and after each of them.
 """
 
+import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lora_scale.spec.errors import CheckpointError
 
@@ -26,27 +28,27 @@ def whole_directory(final: Path) -> Iterator[Path]:
     """
     if os.path.lexists(final):
         raise CheckpointError(f"{final} already exists; move it away or choose another name")
-    _make_durable_directory(final.parent)
-    partial = _partial(final)
+    make_directory(final.parent)
+    partial = partial_name(final)
     os.mkdir(partial)
     try:
         yield partial
         for folder, _, files in os.walk(partial, topdown=False):
             for name in files:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+                sync(Path(folder, name))
+            sync(Path(folder))
         os.rename(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # what stays is a leftover; the first error is the one to show
         raise
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def remove_directory(path: Path) -> None:
     """Deletes a folder so that no crash leaves a part of it under its own name."""
-    partial = _partial(path)
+    partial = partial_name(path)
     os.rename(path, partial)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(partial)
 
 
@@ -63,16 +65,25 @@ def remove_leftovers(parent: Path) -> list[Path]:
     return leftovers
 
 
+def as_json(value: Mapping[str, Any]) -> str:
+    """The one text of a small JSON file: equal values, equal bytes."""
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Replaces `path`: a reader sees the old text or the new one, also after a power cut."""
-    partial = _partial(path)
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    partial = partial_name(path)
     try:
-        write_file(partial, [text.encode()])
+        write_file(partial, [content])
         os.rename(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_file(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
@@ -90,19 +101,21 @@ def write_file(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> 
         os.close(descriptor)
 
 
-def _partial(final: Path) -> Path:
+def partial_name(final: Path) -> Path:
+    """A name beside `final` that `remove_leftovers` knows."""
     return final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
 
 
-def _make_durable_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
     """mkdir -p, each new folder synced into its parent."""
     if not path.is_dir():
-        _make_durable_directory(path.parent)
+        make_directory(path.parent)
         os.mkdir(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync of a file, or of a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

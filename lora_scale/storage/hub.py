@@ -1,6 +1,7 @@
 """From `model.path` to a folder on this machine: the only door to huggingface_hub, and shut for a folder."""
 
 import os
+import re
 from pathlib import Path
 
 from lora_scale.spec.config import ModelConfig
@@ -11,6 +12,17 @@ PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinj
 
 OTHER_FORMS = ("*/*", "consolidated*")
 """Left out: folders with the same weights in other forms (onnx/, original/), and Mistral's own second copy."""
+
+
+def is_name(text: str) -> bool:
+    """`org/name`, as the hub calls a model."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not text.startswith((".", "-"))
+
+
+def commit_of(path: Path) -> str | None:
+    """Which commit a folder of the hub's cache is (models--org--name/snapshots/<commit>); None for other folders."""
+    match = re.search(r"models--[^/]+/snapshots/([0-9a-f]{40})$", str(path))
+    return match[1] if match else None
 
 
 def resolve(model: ModelConfig) -> Path:
