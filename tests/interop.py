@@ -34,7 +34,7 @@ from lora_scale.parallel import checkpoint, world  # noqa: E402
 from lora_scale.parallel.setup import Job  # noqa: E402
 from lora_scale.parallel.world import World  # noqa: E402
 from lora_scale.spec.families import family  # noqa: E402
-from lora_scale.spec.serving import SERVERS  # noqa: E402
+from lora_scale.spec.servers import SERVERS  # noqa: E402
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "falcon")
 SMOLLM2 = Path(__file__).parent.parent / "models" / "smollm2-135m-instruct"

@@ -15,7 +15,7 @@ from lora_scale.adapters.peft import Adapter
 from lora_scale.commands.options import EXIT_CODES
 from lora_scale.parallel import verify
 from lora_scale.parallel.source import Source, find, refuse_another_base, refuse_used
-from lora_scale.spec import serving
+from lora_scale.spec import servers
 from lora_scale.spec.config import ModelConfig
 from lora_scale.spec.errors import DoesNotFitError, LoraScaleError, ModelError, UsageError
 from lora_scale.storage import companions, hub, runlog
@@ -188,7 +188,7 @@ with PEFT:
 """
     module, served = shlex.quote(f"{out.name}={out}"), shlex.quote(base)
     modules, rank = adapter.modules, adapter.max_rank
-    for server, rules in serving.SERVERS.items():
+    for server, rules in servers.SERVERS.items():
         yield f"with {server} (rules of {rules.read}):"
         reasons = rules.reasons(config, modules, rank, on.model_type)
         yield from (f"  not this adapter: {reason}" for reason in reasons)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_scale.spec.serving import SERVERS
+from lora_scale.spec.servers import SERVERS
 
 LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], "bias": "none", "use_rslora": False}
