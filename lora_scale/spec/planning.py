@@ -1,6 +1,6 @@
 """The whole plan of a run as one JSON row, its answer in one sentence, and what would make a run fit that does not.
 
-Joins `spec.cost` (counts), `spec.memory` (bytes) and `spec.serving` (vLLM). Suggestions are found by trying them: each
+Joins `spec.cost` (counts), `spec.memory` (bytes) and `spec.servers` (vLLM). Suggestions are found by trying them: each
 is planned like the run itself, and none is printed that was not computed.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_scale.spec import cost, serving
+from lora_scale.spec import cost, servers
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.families import family
@@ -54,7 +54,7 @@ def plan(job: Job) -> dict[str, Any]:
         "assumes": asdict(job.work),
         "parameters": {"total": cost.total(model), "computing": cost.computing(model)},
         "this_run": _figures(job),
-        "warnings": serving.warnings(model, cfg),
+        "warnings": servers.warnings(model, cfg),
     }
     if cfg.method == "lora":
         row["full_fine_tuning"] = _figures(job_of(model, cost.full_fine_tuning(cfg), Grid(job.grid.ranks), job.work))

@@ -100,6 +100,7 @@ def warnings(model: Architecture, cfg: RunConfig) -> list[str]:
     if VLLM_DEFAULT_RANK < largest <= VLLM_RANKS[-1]:
         limit = next(limit for limit in VLLM_RANKS if limit >= largest)
         found.append(
-            f"lora.r is {largest}: vLLM serves rank {VLLM_DEFAULT_RANK} by default; start it with --max-lora-rank {limit}"
+            f"lora.r is {largest}: vLLM serves rank {VLLM_DEFAULT_RANK} by default; start it with "
+            f"--max-lora-rank {limit}"
         )
     return found
