@@ -18,6 +18,7 @@ DOORS = {
     "numpy": {"storage", "adapters", "parallel", "commands"},
     "datasets": {"storage"},
     "huggingface_hub": {"storage"},
+    "matplotlib": {"commands"},
     "transformers": {"storage", "parallel"},
     "ruamel": {"spec"},
     "pydantic": {"spec"},
