@@ -75,14 +75,14 @@ def random_factors(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def start(here: World, tree: dict[str, Any], *, randomise: bool = True) -> setup.Job:
-    """The product's own set-up of a run; then, for adapters, both factors drawn non-zero."""
+    """The product's own set-up of a run; then, but for full fine-tuning, everything that trains drawn non-zero."""
     cfg = RunConfig.model_validate(tree)
     screen = Console(rank=1)  # silent
     folder, identity = setup.open_base(cfg, screen)
     data = run_data.read_data(cfg, folder, here)
     model, dropout, _ = setup.build_model(cfg, folder)
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
-    if randomise and cfg.method == "lora":
+    if randomise and cfg.method != "full":
         parts = masters.parts(job.engine.ds)
         values = random_factors({p.name: p.shape for p in parts})
         zeros = {name: torch.zeros_like(value) for name, value in values.items()}

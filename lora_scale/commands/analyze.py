@@ -8,9 +8,11 @@ from pathlib import Path
 import click
 
 from lora_scale.adapters import survey as surveys
-from lora_scale.commands import analysis_figures, analysis_page, analysis_runs
-from lora_scale.commands.analysis_figures import History
-from lora_scale.commands.analysis_runs import Opened
+from lora_scale.commands.analysis import figures
+from lora_scale.commands.analysis import page as pages
+from lora_scale.commands.analysis import runs as folders
+from lora_scale.commands.analysis.figures import History
+from lora_scale.commands.analysis.runs import Opened
 from lora_scale.commands.options import EXIT_CODES
 from lora_scale.spec.errors import UsageError
 from lora_scale.storage import runlog
@@ -37,10 +39,10 @@ def command(runs: tuple[Path, ...], out: Path | None, base: str | None, seed: in
     computed from its factors; the base is read one tensor at a time, so a base of any size will do on a small machine.
     Writes one HTML page that opens offline, and the same as Markdown and JSON beside it.
     """
-    analysis_figures.require()
-    opened = analysis_runs.open_all(runs)
+    figures.require()
+    opened = folders.open_all(runs)
     page_file = _page_file(runs[0], out)
-    folder, about_base = analysis_runs.find_base(opened, base)
+    folder, about_base = folders.find_base(opened, base)
     with contextlib.closing(Console(rank=0)) as screen:
 
         def show(done: int, total: int, module: str) -> None:
@@ -49,12 +51,12 @@ def command(runs: tuple[Path, ...], out: Path | None, base: str | None, seed: in
         found = surveys.survey([run.subject for run in opened], folder, seed, show)
         screen.clear()
     history = _history(opened)
-    page = analysis_page.blocks(opened, found, about_base, history)
-    record = analysis_page.as_json(opened, found, about_base, history)
+    page = pages.blocks(opened, found, about_base, history)
+    record = pages.as_json(opened, found, about_base, history)
     markdown = page_file.with_suffix(".md")
     write_text_atomically(page_file.with_suffix(".json"), json.dumps(record) + "\n")
-    write_text_atomically(markdown, analysis_page.markdown(page, page_file.name))
-    write_text_atomically(page_file, analysis_page.html(page))
+    write_text_atomically(markdown, pages.markdown(page, page_file.name))
+    write_text_atomically(page_file, pages.html(page))
     for text in page[0].text:
         click.echo(f"{text}\n")
     click.echo(f"written: {page_file} ({page_file.stat().st_size / 1e6:.2f} MB), {markdown.name} and .json beside it")
@@ -78,6 +80,6 @@ def _history(opened: Sequence[Opened]) -> History:
     found = {}
     for run in opened:
         group_of = {module: surveys.split_name(module)[0] for module in run.subject.adapter.modules}
-        if rows := list(surveys.history(analysis_runs.earlier(run))):
-            found[run.name] = analysis_figures.mean_by_group(rows, group_of)
+        if rows := list(surveys.history(folders.earlier(run))):
+            found[run.name] = figures.mean_by_group(rows, group_of)
     return found

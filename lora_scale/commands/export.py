@@ -13,6 +13,7 @@ from lora_scale.adapters import peft
 from lora_scale.adapters.peft import Adapter
 from lora_scale.commands.options import EXIT_CODES
 from lora_scale.parallel import checkpoint, verify
+from lora_scale.spec.baselines import METHODS
 from lora_scale.spec.config import ModelConfig
 from lora_scale.spec.errors import CheckpointError, DoesNotFitError, LoraScaleError, ModelError, UsageError
 from lora_scale.storage import checkpoints, hub, runlog
@@ -82,6 +83,8 @@ def find(source: Path, base: str | None) -> Source:
     """The checkpoint that `source` names, with its run's model; a checkpoint of full fine-tuning has no adapter."""
     path = source if (source / checkpoint.STATE).is_file() else _newest(source)
     state = checkpoint.read_state(path)
+    if state.method in METHODS:
+        raise CheckpointError(f"{path} is of method: {state.method}, which is there to be compared with: no PEFT form")
     if state.method != "lora":
         weights = checkpoint.WEIGHTS[state.method]
         raise CheckpointError(

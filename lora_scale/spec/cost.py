@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from math import ceil, prod
 from typing import Any
 
+from lora_scale.spec import baselines
 from lora_scale.spec.architecture import Architecture, Config
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError, ModelError
@@ -80,9 +81,11 @@ def computing(model: Architecture) -> int:
 
 
 def trained_shapes(model: Architecture, cfg: RunConfig) -> list[Shape]:
-    """The shapes of everything that trains: the adapter's factors, or the model."""
+    """The shapes of everything that trains: the adapter's factors, the model, or what another method puts in."""
     if cfg.method == "full":
         return [p.shape for p in model.parameters]
+    if cfg.method != "lora":
+        return list(baselines.shapes(model, cfg))
     return list(adapter_shapes(model, cfg.lora))
 
 
@@ -229,7 +232,7 @@ def flops_per_token(model: Architecture, cfg: RunConfig) -> int:
 
     Neither recompute nor the adapter's own operations are counted. N is `computing`; arXiv 2001.08361, section 2.1.
     """
-    return (4 if cfg.method == "lora" else 6) * computing(model)
+    return (6 if cfg.method == "full" else 4) * computing(model)
 
 
 def attention_flops_per_token(model: Architecture, attended: float) -> float:

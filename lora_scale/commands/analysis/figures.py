@@ -1,4 +1,4 @@
-"""The pictures of `lora-scale analyze`, each an SVG that stands by itself. The only door to matplotlib; no verb."""
+"""The pictures of `lora-scale analyze`, each an SVG that stands by itself. The only door to matplotlib."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence

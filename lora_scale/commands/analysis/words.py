@@ -1,6 +1,6 @@
 """What the numbers of `lora-scale analyze` mean for choosing r and target_modules, in sentences made from them.
 
-No verb itself. Every sentence follows from figures that stand on the same page; none says what another r or other
+Every sentence follows from figures that stand on the same page; none says what another r or other
 targets would do to the loss, which only a run tells.
 """
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from lora_scale.adapters.survey import OUTPUT, START, A, PairMean, Survey
-from lora_scale.commands.analysis_figures import by_group
-from lora_scale.commands.analysis_runs import Opened, same_but_for_seed
+from lora_scale.commands.analysis.figures import by_group
+from lora_scale.commands.analysis.runs import Opened, same_but_for_seed
 
 AGREE = 0.5  # phi from which two sets of directions are said to agree
 FULL = 0.8  # share of r from which an effective rank is said to fill it

@@ -1,6 +1,6 @@
 """What `lora-scale analyze` is given: run directories, checkpoints, PEFT folders; opened and held against each other.
 
-No verb itself. Reads adapters, states and records; computes nothing of them.
+Reads adapters, states and records; computes nothing of them.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The page of `lora-scale analyze`: one list of blocks, written as HTML with its pictures inside, and as Markdown.
 
-No verb itself. Figures in the tables are medians over layers; every module's own are in the JSON file.
+Figures in the tables are medians over layers; every module's own are in the JSON file.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from typing import Any
 
 from lora_scale import __version__
 from lora_scale.adapters.survey import SIDES, Survey
-from lora_scale.commands import analysis_figures as figures
-from lora_scale.commands.analysis_figures import History, by_group
-from lora_scale.commands.analysis_runs import Opened
-from lora_scale.commands.analysis_words import conclusions
+from lora_scale.commands.analysis import figures
+from lora_scale.commands.analysis.figures import History, by_group
+from lora_scale.commands.analysis.runs import Opened
+from lora_scale.commands.analysis.words import conclusions
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
