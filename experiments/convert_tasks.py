@@ -118,7 +118,7 @@ def glue(task: str) -> Callable[[Path], Iterator[Row]]:
             if row[label] not in words:
                 raise BadInput(f"{path}: row {number}: {label} is {row[label]!r}, none of {', '.join(words)}")
             names = ["Sentence"] if len(columns) == 1 else ["First", "Second"]
-            text = "\n".join(f"{name}: {row[column]}" for name, column in zip(names, columns, strict=True))
+            text = "\n".join(f"{name}: {row[column].strip()}" for name, column in zip(names, columns, strict=True))
             yield pair(f"{text}\nLabel:", words[row[label]])
 
     return convert

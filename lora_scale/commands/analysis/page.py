@@ -57,7 +57,7 @@ def blocks(opened: Sequence[Opened], survey: Survey, base: str, history: History
     if survey.pairs:
         left = len(survey.pairs) - figures.MAX_ROWS
         more = f" {left} more pairs and groups are in the JSON file." if left > 0 else ""
-        caption = f"phi(i, j), mean over layers; black is 0, yellow is 1.{more}"
+        caption = f"phi(i, j), mean over layers; dark is 0, yellow is 1.{more}"
         page += [
             Block(
                 "What the runs agree on", table=_pairs(survey), picture=figures.heat_maps(survey.pairs), caption=caption
@@ -93,6 +93,8 @@ def html(page: Sequence[Block]) -> str:
 def markdown(page: Sequence[Block], html_name: str) -> str:
     lines = ["# lora-scale analyze", "", f"Pictures: [{html_name}]({html_name})."]
     for block in page:
+        if not block.text and not block.table:
+            continue
         lines += ["", f"## {block.heading}"] if block.heading else []
         for text in block.text:
             lines += ["", text]

@@ -12,6 +12,7 @@ from lora_scale.commands.analysis.figures import by_group
 from lora_scale.commands.analysis.runs import Opened, same_but_for_seed
 
 AGREE = 0.5  # phi from which two sets of directions are said to agree
+NO_MORE = 1.5  # times chance up to which a correlation with the weight is not said to be one
 FULL = 0.8  # share of r from which an effective rank is said to fill it
 
 
@@ -115,15 +116,18 @@ def _targets(name: str, survey: Survey) -> str:
     found = {group: [row.correlations[name] for row in rows] for group, rows in groups.items()}
     moved = {group: median(c.update_norm / c.weight_norm for c in rows) for group, rows in found.items()}
     share = {group: median(c.from_update / c.from_weight for c in rows) for group, rows in found.items()}
+    beside_chance = {group: median(c.from_update / c.random_expected for c in rows) for group, rows in found.items()}
     order = sorted(moved, key=moved.__getitem__, reverse=True)
     each = "; ".join(
         f"{group} moved by {moved[group]:.2%} of its weight's norm, amplification "
-        f"{median(c.amplification for c in found[group]):.2g}, where the weight does {share[group]:.0%} of what "
-        "it does in its strongest directions"
+        f"{median(c.amplification for c in found[group]):.2g}; there the weight does {share[group]:.0%} of what it "
+        f"does in its strongest directions, {beside_chance[group]:.1f} times what it does in random ones"
         for group in order
     )
-    if max(share.values()) < AGREE:
-        each += ": the updates do not repeat what the weight does most"
+    if max(beside_chance.values()) < NO_MORE:
+        each += ": the updates have nothing to do with what the weight does"
+    elif max(share.values()) < AGREE:
+        each += ": the updates lean on what the weight does, but do not repeat what it does most"
     return (
         f"{name}, medians over layers: {each}. How far a module moved says where training pushed, not what it paid: to "
         "choose target_modules, compare the validation loss of runs that adapt others at equal parameters."
