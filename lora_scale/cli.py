@@ -19,6 +19,7 @@ VERBS = {
     "train": "Train the run that a config describes, or resume it.",
     "export": "Write a checkpoint's adapter in PEFT form.",
     "merge": "Write the base with the adapter added to its weights.",
+    "analyze": "Say what updates look like, and what that means for r and targets.",
     "report": "Turn a run directory into a Markdown page.",
     "doctor": "Look for what would hurt a run on this machine.",
 }

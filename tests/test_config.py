@@ -22,7 +22,7 @@ train:
 """
 LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A"
 TOP = "keys at the top: run_dir, method, precision, recompute, resume, init_adapter, allow_other_base, seed"
-ALL = f"{TOP}; sections: model, data, lora, train, eval, save, parallel"
+ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, save, memory, parallel"
 PATTERNS = "lora.rank_pattern must be a mapping from patterns to whole numbers of at least 1"
 
 
@@ -73,7 +73,10 @@ WRONG_VALUES = [
     ("model.path=/a: b", 'model.path is {"/a": "b"}; it must be a string'),
     ("model.revision=1e5", "model.revision is 100000.0; it must be a string or null, in quotes"),
     ("run_dir=2026-11-21", "run_dir is 2026-11-21 (a date); it must be a path, in quotes"),
-    ("method=LoRA", "method is 'LoRA'; choose 'lora' or 'full'"),
+    (
+        "method=LoRA",
+        "method is 'LoRA'; choose 'lora', 'full', 'bitfit', 'preembed', 'prelayer', 'adapter-h' or 'adapter-l'",
+    ),
     ("recompute=off", "recompute is 'off'; it must be 'all', 'none' or a whole number of at least 0"),
     ("recompute=true", "recompute is true; it must be 'all', 'none' or a whole number of at least 0"),
     ("resume=no", "resume is 'no'; it must be 'auto', 'never' or a path; a file of that name is ./no"),

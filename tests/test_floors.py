@@ -18,11 +18,11 @@ DOORS = {
     "numpy": {"storage", "adapters", "parallel", "commands"},
     "datasets": {"storage"},
     "huggingface_hub": {"storage"},
+    "matplotlib": {"storage", "commands"},
     "transformers": {"storage", "parallel"},
     "ruamel": {"spec"},
     "pydantic": {"spec"},
     "click": {"commands", ""},
-    "matplotlib": {"storage"},
     "jinja2": {"storage"},
     "pynvml": {"parallel"},
 }

@@ -79,7 +79,8 @@ def random_factors(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def start(here: World, tree: dict[str, Any], *, randomise: bool = True) -> setup.Job:
-    """The product's own set-up of a run; then, for adapters that start anew, both factors drawn non-zero."""
+    """The product's own set-up of a run; then, but for full fine-tuning and for adapters that do not start anew,
+    everything that trains drawn non-zero."""
     cfg = RunConfig.model_validate(tree)
     screen = Console(rank=1)  # silent
     folder, identity = setup.open_base(cfg, screen)
@@ -87,7 +88,7 @@ def start(here: World, tree: dict[str, Any], *, randomise: bool = True) -> setup
     data = run_data.read_data(cfg, folder, grid)
     model, dropout, _ = setup.build_model(cfg, folder, setup.find_init_adapter(cfg, folder, identity))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
-    if randomise and cfg.method == "lora" and cfg.init_adapter is None:
+    if randomise and cfg.method != "full" and cfg.init_adapter is None:
         parts = job.engine.parts()
         values = random_factors({p.name: p.whole_shape for p in parts})
         zeros = {name: torch.zeros_like(value) for name, value in values.items()}

@@ -3,6 +3,7 @@ written.
 
     step-000500/  adapter_model.safetensors  adapter_config.json  optimizer.safetensors  state.json      (method: lora)
                   weights.safetensors                             optimizer.safetensors  state.json      (method: full)
+                  baseline.safetensors                            optimizer.safetensors  state.json      (the others)
 
 Values and moments are whole fp32 tensors by name, so that a checkpoint fits any number of ranks. It is written beside
 its final name, synced and renamed. Nothing in it is a pickle. The random state is not in it: dropout and data order
@@ -11,7 +12,7 @@ are functions of (seed, step).
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lora_scale.adapters import peft
 from lora_scale.parallel import masters
 from lora_scale.parallel.engine import Engine
 from lora_scale.parallel.world import on_every_rank, on_rank_zero
+from lora_scale.spec.baselines import METHODS
 from lora_scale.spec.configfile import differences
 from lora_scale.spec.errors import CheckpointError, TrainingError
 from lora_scale.spec.layout import ByteRange
@@ -29,7 +31,7 @@ from lora_scale.storage import checkpoints
 from lora_scale.storage.durable import whole_directory, write_text_atomically
 from lora_scale.storage.weights import Reader, read_safetensors, write_safetensors
 
-WEIGHTS = {"lora": peft.WEIGHTS_FILE, "full": "weights.safetensors"}
+WEIGHTS = {"lora": peft.WEIGHTS_FILE, "full": "weights.safetensors", **dict.fromkeys(METHODS, "baseline.safetensors")}
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
@@ -48,6 +50,7 @@ class State:
     data: dict[str, Any]
     lora: dict[str, Any]
     versions: dict[str, str]
+    baseline: dict[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -123,10 +126,10 @@ def check_resumable(saved: State, now: State, path: Path) -> None:
             "set model.path to that base, or another run_dir to start anew"
         )
     changed: list[str] = []
-    for section in ("method", "seed", "global_batch_size", "lora", "data"):
+    for section in ("method", "seed", "global_batch_size", "lora", "baseline", "data"):
         before, after = getattr(saved, section), getattr(now, section)
         key = "train.global_batch_size" if section == "global_batch_size" else section
-        if section == "lora" and now.method != "lora":
+        if (section == "lora" and now.method != "lora") or (section == "baseline" and now.method not in METHODS):
             continue
         changed += differences({key: before}, {key: after})
     if changed:

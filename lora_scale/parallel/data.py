@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.world import on_rank_zero
-from lora_scale.spec import cost
+from lora_scale.spec import baselines, cost
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import family
@@ -74,11 +74,11 @@ def blocks_of_run(cfg: RunConfig, folder: ModelFolder) -> tuple[Blocks, Blocks |
     elif cfg.data.validation is not None:
         held_out = read_rows(cfg.data.validation, None)
     tokenizer = dataset.tokenizer(folder.path, cfg.model.trust_remote_code)
-    vocab_size = folder.config.get("vocab_size")
+    vocab_size, prefix = folder.config.get("vocab_size"), baselines.prefix_tokens(cfg)
 
     def blocks_of(part: Rows) -> Blocks:
-        documents = dataset.encode(part, tokenizer, cfg.data.seq_len, cfg.data.train_on, vocab_size)
-        return packing.pack(documents, cfg.data.packing)
+        documents = dataset.encode(part, tokenizer, cfg.data.seq_len - prefix, cfg.data.train_on, vocab_size)
+        return packing.pack(packing.with_prefix(documents, prefix), cfg.data.packing)
 
     return blocks_of(rows), blocks_of(held_out) if held_out is not None else None
 

@@ -89,7 +89,7 @@ def ds_config(
 def clips_itself(cfg: RunConfig) -> bool:
     """Whether `parallel.gradients` finishes the gradients. DeepSpeed knows no tensor that is whole on each rank while
     its gradient is not, and at stage 0 it does not tell the norm; full fine-tuning beyond that stage is all its own."""
-    return cfg.method == "lora" or (cfg.parallel.zero_stage == 0)
+    return cfg.method != "full" or cfg.parallel.zero_stage == 0
 
 
 def optimizer_for(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:

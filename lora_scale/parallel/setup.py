@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_scale.adapters import initial, peft
+from lora_scale.adapters import baselines, initial, peft
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
 from lora_scale.adapters.lora import adapt, adapted_layers
@@ -93,6 +93,7 @@ def state_of(cfg: RunConfig, base_fingerprint: str, data: Data, step: int, token
         config_sha256=configfile.config_sha256(cfg),
         data=data.identity(cfg),
         lora=cfg.lora.model_dump(mode="json"),
+        baseline=cfg.baseline.model_dump(mode="json"),
         versions=provenance.versions(),
     )
 
@@ -132,6 +133,10 @@ def build_model(
     if cfg.method == "full":
         model.requires_grad_(True)
         return model, None, []
+    if cfg.method != "lora":
+        baselines.insert(model, cfg, recompute.decoder_layers(model))
+        freeze_linears(model)
+        return model, None, []
     dropout = DropoutContext(cfg.seed) if cfg.lora.dropout else None
     notes = fused_notes(model, cfg.lora)
     layers = adapt(model, cfg.lora, cfg.seed, dropout)
@@ -157,7 +162,7 @@ def start_engine(
     parameters = count(model)
     cuts = on_every_rank(lambda: cut(cfg, model, folder, grid))
     recompute.apply(model, cfg.recompute)
-    if cfg.method == "lora":  # a layer that DeepSpeed gathers as one needs an input with a gradient
+    if cfg.method != "full":  # a layer that DeepSpeed gathers as one needs an input with a gradient
         model.enable_input_require_grads()  # type: ignore[operator]
     layers = recompute.decoder_layers(model)
     config = ds_config(
@@ -223,7 +228,7 @@ def work_of(cfg: RunConfig, folder: ModelFolder, parameters: Parameters, data: D
     try:
         model = shapes.architecture(folder.config)
     except ModelError:
-        flops = float((4 if cfg.method == "lora" else 6) * parameters.total)
+        flops = float((6 if cfg.method == "full" else 4) * parameters.total)
         return Work(flops, flops, peak)
     flops = float(cost.flops_per_token(model, cfg))
     return Work(flops, flops + cost.attention_flops_per_token(model, attended), peak)

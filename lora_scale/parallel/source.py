@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_scale.adapters import peft
 from lora_scale.parallel import checkpoint
 from lora_scale.parallel.checkpoint import State
+from lora_scale.spec.baselines import METHODS
 from lora_scale.spec.config import ModelConfig
 from lora_scale.spec.errors import CheckpointError, UsageError
 from lora_scale.storage import checkpoints, runlog
@@ -39,6 +40,8 @@ def find(path: Path) -> Source:
     if not (path / checkpoint.STATE).is_file():
         path, notes = _newest(path)
     state = checkpoint.read_state(path)
+    if state.method in METHODS:
+        raise CheckpointError(f"{path} is of method: {state.method}, which is there to be compared with: no PEFT form")
     if state.method != "lora":
         weights = checkpoint.WEIGHTS[state.method]
         raise CheckpointError(

@@ -63,6 +63,15 @@ class LoraConfig(Section):
     starts at zero."""
 
 
+class BaselineConfig(Section):
+    """The other methods of the LoRA paper's Table 4; used when `method` is one of them."""
+
+    prefix_tokens: Positive = 16
+    """`preembed` and `prelayer`: positions with trained vectors before each document. They count in `data.seq_len`."""
+    bottleneck: Positive = 8
+    """`adapter-h` and `adapter-l`: features between the two matrices of a bottleneck (the paper's r)."""
+
+
 class DataConfig(Section):
     """Rows, and how they become blocks of tokens."""
 
@@ -167,8 +176,10 @@ class RunConfig(Section):
     data: DataConfig
     run_dir: PathValue
     """Folder of this run: metrics, logs, checkpoints. `resume` reads it."""
-    method: Literal["lora", "full"] = "lora"
-    """Train an adapter on a frozen base, or every weight of the base (full fine-tuning)."""
+    method: Literal["lora", "full", "bitfit", "preembed", "prelayer", "adapter-h", "adapter-l"] = "lora"
+    """Train an adapter on a frozen base, or every weight of the base (full fine-tuning). The others are there to be
+    compared with, as in the LoRA paper: biases; vectors before each document, at the input or at every layer;
+    bottlenecks after attention and MLP (Houlsby), or after the MLP (Lin)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the base and of the arithmetic. Adapter weights and optimizer state are fp32 in both."""
     recompute: Literal["all", "none", "auto"] | NonNegative = "all"
@@ -187,6 +198,7 @@ class RunConfig(Section):
     seed: NonNegative = 0
     """Seeds the adapter's initialisation, the data order and dropout. Results do not depend on the number of ranks."""
     lora: LoraConfig = LoraConfig()
+    baseline: BaselineConfig = BaselineConfig()
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
@@ -196,10 +208,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         parallel = self.parallel
-        if parallel.tensor_parallel_size > 1 and self.method == "full":
+        if parallel.tensor_parallel_size > 1 and self.method != "lora":
             raise ValueError(
-                f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and method is full; full "
-                "fine-tuning is sharded by ZeRO alone: set parallel.tensor_parallel_size=1"
+                f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and method is {self.method}, "
+                "which is sharded by ZeRO alone; set parallel.tensor_parallel_size=1"
             )
         if parallel.tensor_parallel_size > 1 and self.model.dropout:
             raise ValueError(
@@ -216,7 +228,7 @@ class RunConfig(Section):
                 f"data.seq_len is {self.data.seq_len}; with parallel.sequence_parallel it must be a multiple of "
                 f"parallel.tensor_parallel_size = {parallel.tensor_parallel_size}"
             )
-        if parallel.base_sharding == "node" and (self.method == "full" or parallel.zero_stage != 3):
+        if parallel.base_sharding == "node" and (self.method != "lora" or parallel.zero_stage != 3):
             raise ValueError(
                 "parallel.base_sharding is node, which is for a frozen base under ZeRO-3 (method=lora, "
                 "parallel.zero_stage=3)"
@@ -229,6 +241,11 @@ class RunConfig(Section):
             raise ValueError(f"train.loraplus_lr_ratio is {self.train.loraplus_lr_ratio}, but method is {self.method}")
         if isinstance(self.data.validation, float) and not 0.0 < self.data.validation < 1.0:
             raise ValueError(f"data.validation is {self.data.validation}; a fraction lies between 0 and 1")
+        if self.method in ("preembed", "prelayer") and self.baseline.prefix_tokens > self.data.seq_len - 2:
+            raise ValueError(
+                f"baseline.prefix_tokens is {self.baseline.prefix_tokens}; data.seq_len = {self.data.seq_len} must "
+                "leave room for at least two tokens"
+            )
         if self.train.global_batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "

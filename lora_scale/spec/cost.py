@@ -91,7 +91,7 @@ def flops_per_token(model: Architecture, cfg: RunConfig) -> int:
 
     Neither recompute nor the adapter's own operations are counted. N is `computing`; arXiv 2001.08361, section 2.1.
     """
-    return (4 if cfg.method == "lora" else 6) * computing(model)
+    return (6 if cfg.method == "full" else 4) * computing(model)
 
 
 def attention_flops_per_token(model: Architecture, attended: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
+from lora_scale.spec import baselines
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.cost import ADAM, FP32, ITEMSIZE, Shape, numel, reduce_bucket
@@ -71,7 +72,7 @@ def grid_of(model: Architecture, cfg: RunConfig, ranks: int, gpus_per_node: int 
 def keeps_adapters_whole(cfg: RunConfig, trainable: int) -> bool:
     """Whether ZeRO-3 leaves the adapter whole on every rank. Its values, gradient, second fp32 copy and two moments
     cost 20 bytes a parameter there."""
-    if cfg.method == "full" or cfg.parallel.zero_stage != 3:
+    if cfg.method != "lora" or cfg.parallel.zero_stage != 3:
         return False
     if cfg.parallel.adapter_sharding == "auto":
         return 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
@@ -90,6 +91,8 @@ def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Sha
     """Shapes of one rank's shards of what trains."""
     if cfg.method == "full":
         return [p.shape for p in model.parameters]
+    if cfg.method != "lora":
+        return list(baselines.shapes(model, cfg))
     linears, cuts = {p.module: p for p in model.parameters if p.is_linear}, splits(model, tp)
     shapes: list[Shape] = []
     for module, r in adapter_ranks(model, cfg.lora).items():

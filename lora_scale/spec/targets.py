@@ -40,15 +40,16 @@ def adapter_shapes(model: Architecture, cfg: LoraConfig) -> list[tuple[int, int]
 
 def fused(model: Architecture, cfg: LoraConfig) -> str | None:
     """A sentence for the user where q, k or v was asked for and its update covers all three."""
-    known = _roles(model)
+    known = roles_of(model.model_type)
     asked = [role for role in ("q", "k", "v") if role in cfg.target_modules]
     if not asked or len(asked) == 3 or not known.get("q") == known.get("k") == known.get("v"):
         return None
     return f"{model.model_type} keeps q, k and v in one matrix: adapting {' and '.join(asked)} adapts {known['q'][0]}"
 
 
-def _roles(model: Architecture) -> Mapping[str, tuple[str, ...]]:
-    return _PAPER_ROLES if model.model_type == "gpt3" else roles(model.model_type)
+def roles_of(model_type: str) -> Mapping[str, tuple[str, ...]]:
+    """Module name suffixes by role, also of the named shape, which is no family."""
+    return _PAPER_ROLES if model_type == "gpt3" else roles(model_type)
 
 
 def _matches(model: Architecture, linears: Mapping[str, Parameter], entry: str) -> list[str]:
@@ -61,13 +62,13 @@ def _matches(model: Architecture, linears: Mapping[str, Parameter], entry: str) 
             raise ConfigError(f"lora.target_modules has {entry!r}, which is no regular expression: {error}") from None
         found = [module for module in linears if pattern.fullmatch(module)]
     else:
-        suffixes = _roles(model).get(entry, ()) if entry in ROLES else (entry,)
+        suffixes = roles_of(model.model_type).get(entry, ()) if entry in ROLES else (entry,)
         found = [module for module in linears if has_suffix(module, suffixes)]
     if not found:
         ends = dict.fromkeys(module.rpartition(".")[2] for module in linears)
         raise ConfigError(
             f"lora.target_modules has {entry!r}, which names no linear layer of this {model.model_type}; there are the "
-            f"roles {', '.join(_roles(model))}, {ALL_LINEAR}, and the layers {', '.join(ends)}"
+            f"roles {', '.join(roles_of(model.model_type))}, {ALL_LINEAR}, and the layers {', '.join(ends)}"
         )
     return found
 

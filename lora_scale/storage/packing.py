@@ -8,7 +8,7 @@ transformers keeps attention within a document by them, but only without an atte
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -114,6 +114,21 @@ class Blocks:
         for numbers in (documents.ids, documents.trained, documents.offsets, self.order, self.starts):
             digest.update(np.ascontiguousarray(numbers).data.cast("B"))
         return f"sha256:{digest.hexdigest()}"
+
+
+def with_prefix(documents: Documents, tokens: int) -> Documents:
+    """Every document with `tokens` placeholders before it, which carry no loss and count in its length and seq_len."""
+    if not tokens:
+        return documents
+    places = np.repeat(documents.offsets[:-1], tokens)
+    return replace(
+        documents,
+        ids=np.insert(documents.ids, places, documents.pad_id),
+        trained=np.insert(documents.trained, places, False),
+        offsets=documents.offsets + tokens * np.arange(len(documents) + 1),
+        seq_len=documents.seq_len + tokens,
+        longest=documents.longest + tokens,
+    )
 
 
 def pack(documents: Documents, packing: bool = True) -> Blocks:

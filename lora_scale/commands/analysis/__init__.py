@@ -1,0 +1,1 @@
+"""What `lora-scale analyze` is made of: no verb itself."""

@@ -1,0 +1,299 @@
+"""experiments/: converters on small samples of each format, the two packaged tasks, the declared grid, and scoring."""
+
+import io
+import json
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import convert_tasks
+import get_tasks
+import pytest
+import run_grid
+import score_run
+import torch
+from ruamel.yaml import YAML
+from test_baselines import run_config
+from tiny import tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_scale.adapters import baselines
+from lora_scale.parallel import recompute
+from lora_scale.spec import configfile, cost
+from lora_scale.spec.named import shape
+from lora_scale.spec.shapes import architecture
+
+TRIPLE = {"subject": "Aarhus_Airport", "property": "cityServed", "object": '"Aarhus, Denmark"'}
+LEX = [{"lex": "It serves Aarhus.", "comment": "good"}, {"lex": "A.", "comment": "bad"}]
+ENTRY = {"modifiedtripleset": [TRIPLE], "lexicalisations": LEX}
+SQL = {"table_id": "1-7", "question": "Who won?", "sql": {"sel": 0, "agg": 0, "conds": [[1, 0, "1990"], [2, 1, 5]]}}
+SAMPLES: dict[str, tuple[dict[str, str], list[tuple[str, str]]]] = {  # format: files, and the rows they make
+    "e2e": (
+        {"a.csv": 'mr,ref\n"name[The Eagle], area[city centre]","The Eagle, ""near"" you."\n'},
+        [("name : The Eagle | area : city centre\nText:", ' The Eagle, "near" you.')],
+    ),
+    "webnlg": (
+        {"a.json": json.dumps({"entries": [{"1": ENTRY}]})},
+        [('Aarhus Airport : cityServed : "Aarhus, Denmark"\nText:', " It serves Aarhus.")],
+    ),
+    "dart": (
+        {"a.json": json.dumps([{"tripleset": [["A", "B_C", "D"], ["E", "F", "G"]], "annotations": [{"text": "x"}]}])},
+        [("A : B C : D | E : F : G\nText:", " x")],
+    ),
+    "wikisql": (
+        {
+            "a.jsonl": json.dumps(SQL) + "\n" + json.dumps({**SQL, "sql": {"sel": 2, "agg": 3, "conds": []}}) + "\n",
+            "b.jsonl": json.dumps({"id": "1-7", "header": ["Winner", "Year", "Goals"]}) + "\n",
+        },
+        [
+            (
+                "Columns: Winner, Year, Goals\nQuestion: Who won?\nSQL:",
+                " SELECT Winner FROM table WHERE Year = 1990 AND Goals > 5",
+            ),
+            ("Columns: Winner, Year, Goals\nQuestion: Who won?\nSQL:", " SELECT COUNT(Goals) FROM table"),
+        ],
+    ),
+    "mnli": (
+        {"a.tsv": 'index\tsentence1\tsentence2\tgold_label\n0\tA "man\tB\tneutral\n1\tC\tD\t-\n'},
+        [('Premise: A "man\nHypothesis: B\nEntailed:', " maybe")],
+    ),
+    "samsum": (
+        {"a.json": json.dumps([{"id": "1", "dialogue": "A: hi\r\nB: hello", "summary": "They greet."}])},
+        [("A: hi\nB: hello\nSummary:", " They greet.")],
+    ),
+    "sst2": ({"a.tsv": "sentence\tlabel\nit 's fun \t1\n"}, [("Sentence: it 's fun\nLabel:", " positive")]),
+    "cola": ({"a.tsv": "gj04\t0\t*\tHe go.\n"}, [("Sentence: He go.\nLabel:", " unacceptable")]),
+    "mrpc": (
+        {"a.tsv": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tOne.\tTwo.\n"},
+        [("First: One.\nSecond: Two.\nLabel:", " equivalent")],
+    ),
+    "qqp": (
+        {"a.tsv": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tWhy?\tHow?\t0\n"},
+        [("First: Why?\nSecond: How?\nLabel:", " different")],
+    ),
+    "qnli": (
+        {"a.tsv": "index\tquestion\tsentence\tlabel\n0\tWhy?\tSo.\tnot_entailment\n"},
+        [("First: Why?\nSecond: So.\nLabel:", " no")],
+    ),
+    "rte": (
+        {"a.tsv": "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tentailment\n"},
+        [("First: A.\nSecond: B.\nLabel:", " yes")],
+    ),
+}
+
+
+def converted(kind: str, folder: Path, files: dict[str, str], *options: str) -> list[dict[str, Any]]:
+    paths = []
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        paths.append(folder / name)
+    out = folder / "out.jsonl"
+    convert_tasks.convert(kind, paths, out, group="group" in options)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", convert_tasks.FORMATS)
+def test_each_format_is_converted(kind: str, tmp_path: Path) -> None:
+    files, expected = SAMPLES[kind]
+    assert converted(kind, tmp_path, files) == [{"prompt": p, "completion": c} for p, c in expected]
+
+
+def test_references_of_one_input_can_be_kept_together(tmp_path: Path) -> None:
+    text = "mr,ref\nname[A],One.\nname[B],Two.\nname[A],Three.\n"
+    first, second = converted("e2e", tmp_path, {"a.csv": text}, "group")
+    assert first == {"prompt": "name : A\nText:", "completion": " One.", "references": ["One.", "Three."]}
+    assert second["references"] == ["Two."]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("e2e", "mr,text\n", "has no column ref; it has mr, text"),
+        ("e2e", "mr,ref\nname,x\n", "row 1: mr is 'name', not `name[value], ...`"),
+        ("e2e", "mr,ref\n", "holds no rows"),
+        ("sst2", "sentence\tlabel\nfun\t2\n", "row 1: label is '2', none of 0, 1"),
+        ("sst2", "sentence\tlabel\nfun\n", "row 1 ends before column label"),
+        ("mnli", "sentence1\tsentence2\tgold_label\na\tb\tmaybe\n", "gold_label is 'maybe', none of"),
+        ("dart", "{", "is not valid JSON"),
+        ("dart", '[{"tripleset": [["a", "b"]], "annotations": [{"text": "x"}]}]', "a triple does not have three parts"),
+        ("webnlg", "[]", "is not of the format webnlg"),
+        ("samsum", '{"dialogue": "x"}', "is not of the format samsum"),
+    ],
+)
+def test_a_wrong_file_is_named_and_nothing_written(
+    kind: str, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    (tmp_path / "in").write_text(text, encoding="utf-8")
+    out = tmp_path / "folder" / "out.jsonl"
+    monkeypatch.setattr("sys.argv", ["convert_tasks.py", kind, str(tmp_path / "in"), "--out", str(out)])
+    assert convert_tasks.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and str(tmp_path / "in") in line
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_sentiment_and_wiki_rows() -> None:
+    """Out of archives that are packed as the packages' are."""
+    ratings = "1\t2.5\tGreat fun.\n2\t-0.4\tSo so.\n3\t-1.5\tDull , dull .\n"
+    archive = tar(get_tasks.RATINGS, tar(get_tasks.SENTENCES, ratings.encode()))
+    rows = get_tasks.sentiment(get_tasks.sentiment_text(archive))
+    assert [row for _, row in rows] == [
+        {"prompt": "Review: Great fun.\nSentiment:", "completion": " positive"},
+        {"prompt": "Review: Dull , dull .\nSentiment:", "completion": " negative"},
+    ]
+    articles = {
+        "A": {"title": "Aarhus", "extract": "Aarhus \n is " + "x" * 100, "description": "city in Denmark"},
+        "B": {"title": "B", "extract": "short", "description": "a letter of it"},
+        "C": {"title": "C", "extract": "x" * 200, "description": None},
+    }
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr(get_tasks.SUMMARIES, json.dumps(articles))
+    ((key, row),) = get_tasks.wiki(get_tasks.wiki_text(wheel.getvalue()))
+    assert key == "A" and row["completion"] == " city in Denmark"
+    assert row["prompt"] == f"Title: Aarhus\nText: Aarhus is {'x' * 100}\nShort description:"
+
+
+def tar(name: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        file.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_a_key_is_in_one_split_only() -> None:
+    rows = [(f"key {i % 1500}", {"prompt": str(i), "completion": "x"}) for i in range(3000)]
+    splits = get_tasks.split(rows)
+    of = [{int(row["prompt"]) % 1500 for row in found} for found in splits.values()]
+    assert sum(map(len, of)) == 1500
+    sizes = [len(found) / 3000 for found in splits.values()]
+    assert sizes == pytest.approx([0.85, 0.05, 0.10], abs=0.03)
+
+
+GRID = run_grid.read_grid()
+
+
+def test_every_cell_is_a_run_that_can_be_loaded(tmp_path: Path) -> None:
+    found = list(run_grid.cells(GRID))
+    assert len({cell.name for cell in found}) == len(found)
+    for number, cell in enumerate(cell for cell in found if cell.method and cell.name.endswith(("seed0", "lr0.001"))):
+        path = tmp_path / f"{number}.yaml"
+        with path.open("w") as file:
+            YAML().dump(run_grid.config_of(GRID, cell, tmp_path / "run", None if cell.tunes else 1e-3), file)
+        cfg = configfile.load(path)
+        assert cfg.train.lr == 1e-3 and cfg.data.max_rows is not None and cfg.data.max_rows <= 6000
+
+
+def test_every_method_gets_as_much() -> None:
+    """As many learning rates, and as many seeds: none is searched harder than another."""
+    tried = Counter(tuple(cell.name.split("/")[1:3]) for cell in run_grid.cells(GRID) if cell.tunes)
+    assert set(tried.values()) == {3}
+    seeds = Counter(cell.name.rpartition("/")[0] for cell in run_grid.cells(GRID) if cell.method and not cell.tunes)
+    assert set(seeds.values()) == {5} and GRID["tuning_seed"] not in GRID["seeds"]
+
+
+def test_matrices_are_compared_at_one_budget(tmp_path: Path) -> None:
+    model = architecture(shape("smollm2-135m"))
+    counts = set()
+    for cell in run_grid.cells(GRID):
+        if cell.name.startswith("matrices/sentiment/") and cell.name.endswith("seed0"):
+            (tmp_path / "c.yaml").write_text(json.dumps(run_grid.config_of(GRID, cell, tmp_path, 1e-3)))
+            counts.add(cost.numel(cost.trained_shapes(model, configfile.load(tmp_path / "c.yaml"))))
+    assert counts == {345_600}
+
+
+def test_an_interval_is_students() -> None:
+    """Against R: t.test(c(1, 2, 3, 4, 6)) gives 3.2 and (0.8116, 5.5884)."""
+    mean, low, high = run_grid.interval([1, 2, 3, 4, 6])
+    assert (mean, low, high) == pytest.approx((3.2, 0.8116, 5.5884), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["preembed", "prelayer", "adapter-h"])
+def test_generation_is_that_of_whole_passes(method: str, tmp_path: Path) -> None:
+    """Greedy tokens by cache and left padding, the method's vectors in place, equal those of plain passes."""
+    base = tiny_folder(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    baselines.insert(model, run_config(base, method), recompute.decoder_layers(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prefix = 3 if method.startswith("pre") else 0
+    scorer = score_run.Scorer(model, tokenizer, prefix, "cpu")
+    prompts = ["a small program", "the weather of the day in the old format", "b"]
+    found = scorer.completions(prompts, new_tokens=6)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = [scorer.pad] * prefix + scorer.ids(prompt)
+        start = len(ids)
+        for _ in range(6):
+            logits = model(input_ids=torch.tensor([ids]), position_ids=torch.arange(len(ids))[None]).logits
+            ids.append(int(logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        assert text == tokenizer.decode(ids[start:], skip_special_tokens=True).strip().split("\n")[0].strip()
+
+
+TINY = {
+    "seeds": [0, 1],
+    "tuning_seed": 9,
+    "common": {"train.max_steps": 2, "train.global_batch_size": 2, "parallel.zero_stage": 0, "precision": "fp32"},
+    "methods": {"prelayer": {"keys": {"method": "prelayer", "baseline.prefix_tokens": 2}, "lr": [1e-3]}},
+    "experiments": {"methods": {"tasks": ["toy"], "of": {"prelayer": {"prelayer": {}}}}},
+    "prompting": {"shots": [1], "tasks": ["toy"]},
+}
+
+
+def toy(folder: Path) -> dict[str, Any]:
+    """A grid of one method on a tiny model and twelve rows."""
+    base, data = tiny_folder(folder / "base"), folder / "data"
+    data.mkdir()
+    for split in get_tasks.SPLITS:
+        rows = [{"prompt": f"the weather {i}", "completion": " old" if i % 2 else " new"} for i in range(12)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"rows": 12, "seq_len": 64, "metric": "accuracy", "test_rows": 6, "answers": ["old", "new"]}
+    return {**TINY, "model": str(base), "tasks": {"toy": {"data": str(data), **task}}}
+
+
+def test_the_queue_writes_a_cell_once_and_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base prompted, by the real command; the second cell's data are not there, which is tried again and kept."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    grid = toy(tmp_path)
+    broken = {**grid["tasks"]["toy"], "data": str(tmp_path / "nowhere")}
+    grid["tasks"]["gone"] = broken
+    grid["prompting"] = {"shots": [1], "tasks": ["toy", "gone"]}
+    todo = [cell for cell in run_grid.cells(grid) if cell.name.startswith("prompting/")]
+    late = run_grid.Queue(grid, tmp_path / "out", minutes=0, device="cpu")
+    late.work(todo, jobs=1)
+    assert not (tmp_path / "out").exists(), "no time, no cell"
+    queue = run_grid.Queue(grid, tmp_path / "out", minutes=5, device="cpu")
+    queue.work(todo, jobs=2)
+    good, gone = (run_grid.read_record(tmp_path / "out", f"prompting/{task}/k1/seed0") for task in ("toy", "gone"))
+    assert good and good["trainable"] == 0 and 0 <= good["accuracy"] <= 1
+    assert gone and gone["failed"] == "scoring, exit code 1"
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()}
+    queue.work(todo, jobs=2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()} == before
+    assert "failed" not in run_grid.tables(grid, tmp_path / "out").partition("| failed |")[0]
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_the_queue_trains_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tuning cell, one final cell and one prompting, each by the real commands."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    grid = toy(tmp_path)
+    queue = run_grid.Queue(grid, tmp_path / "out", minutes=5, device="cpu")
+    queue.work([cell for cell in run_grid.cells(grid) if not cell.name.endswith("seed1")], jobs=1)
+    names = ["tune/toy/prelayer/lr0.001", "methods/toy/prelayer/seed0", "prompting/toy/k1/seed0"]
+    tuned, final, prompted = (run_grid.read_record(tmp_path / "out", name) for name in names)
+    assert tuned and final and prompted
+    assert "accuracy" not in tuned and tuned["val_loss"] > 0, "tuning must not look at the test rows"
+    assert final["lr"] == 1e-3 and final["trainable"] == 2 * 2 * 32 and 0 <= final["accuracy"] <= 1
+    page = run_grid.tables(grid, tmp_path / "out")
+    assert "| prelayer | 128 |" in page and "Not run: 1 cells of methods." in page
