@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_scale.parallel import checkpoint, setup
 from lora_scale.parallel.world import World
-from lora_scale.spec import baselines, cost
+from lora_scale.spec import baselines, cost, states
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.named import shape
@@ -199,7 +199,7 @@ def test_a_plan_counts_what_is_built(base: str, method: str, tmp_path: Path) -> 
     built = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     planned = architecture(tiny_config(base).to_dict())
     assert sorted(baselines.shapes(planned, cfg)) == built
-    assert cost.numel(cost.trained_shapes(planned, cfg)) == baselines.numel(planned, cfg)
+    assert cost.numel(states.trained_shapes(planned, cfg)) == baselines.numel(planned, cfg)
 
 
 def run_config(model: Path | str, method: str, **baseline: int) -> RunConfig:

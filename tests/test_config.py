@@ -22,7 +22,7 @@ train:
 """
 LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A"
 TOP = "keys at the top: run_dir, method, precision, recompute, resume, init_adapter, allow_other_base, seed"
-ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, save, memory, parallel"
+ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, save, parallel, memory"
 PATTERNS = "lora.rank_pattern must be a mapping from patterns to whole numbers of at least 1"
 
 
@@ -77,8 +77,8 @@ WRONG_VALUES = [
         "method=LoRA",
         "method is 'LoRA'; choose 'lora', 'full', 'bitfit', 'preembed', 'prelayer', 'adapter-h' or 'adapter-l'",
     ),
-    ("recompute=off", "recompute is 'off'; it must be 'all', 'none' or a whole number of at least 0"),
-    ("recompute=true", "recompute is true; it must be 'all', 'none' or a whole number of at least 0"),
+    ("recompute=off", "recompute is 'off'; it must be 'all', 'none', 'auto' or a whole number of at least 0"),
+    ("recompute=true", "recompute is true; it must be 'all', 'none', 'auto' or a whole number of at least 0"),
     ("resume=no", "resume is 'no'; it must be 'auto', 'never' or a path; a file of that name is ./no"),
     ("resume=false", "resume is false; it must be 'auto', 'never' or a path"),
     ("seed=-1", "seed is -1; it must be a whole number of at least 0"),
@@ -94,7 +94,7 @@ WRONG_VALUES = [
     ("lora={r: 4, rr: 8}", "unknown key lora.rr; did you mean lora.r?"),
     (
         "parallel.tensor_parallel=2",
-        "unknown key parallel.tensor_parallel; keys of parallel: zero_stage, timeout_minutes",
+        "unknown key parallel.tensor_parallel; did you mean parallel.tensor_parallel_size?",
     ),
     ("banana=1", f"unknown key banana; {ALL}"),
     ("=3", "override '=3' is not of the form key=value"),

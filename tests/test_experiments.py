@@ -202,7 +202,7 @@ def test_matrices_are_compared_at_one_budget(tmp_path: Path) -> None:
     for cell in run_grid.cells(GRID):
         if cell.name.startswith("matrices/sentiment/") and cell.name.endswith("seed0"):
             (tmp_path / "c.yaml").write_text(json.dumps(run_grid.config_of(GRID, cell, tmp_path, 1e-3)))
-            counts.add(cost.numel(cost.trained_shapes(model, configfile.load(tmp_path / "c.yaml"))))
+            counts.add(cost.numel(states.trained_shapes(model, configfile.load(tmp_path / "c.yaml"))))
     assert counts == {345_600}
 
 
