@@ -21,8 +21,9 @@ train:
   epochs: 1
 """
 LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A"
-TOP = "keys at the top: run_dir, method, precision, recompute, resume, seed"
-ALL = f"{TOP}; sections: model, data, lora, train, eval, save, parallel"
+TOP = "keys at the top: run_dir, method, precision, recompute, resume, seed, max_hours"
+ALL = f"{TOP}; sections: model, data, lora, train, eval, early_stop, save, parallel, engine, track"
+SOURCES = "a path or a list of mappings of path, weight, max_rows, split, subset, fields"
 PATTERNS = "lora.rank_pattern must be a mapping from patterns to whole numbers of at least 1"
 
 
@@ -68,7 +69,21 @@ WRONG_VALUES = [
         "data.validation is '0.02'; it must be a path, a number or null, without quotes",
     ),
     ("data.validation=off", "data.validation is 'off'; it must be a path, a number or null; for nothing write null"),
-    ("data.train=''", "data.train is ''; it must be a path"),
+    ("data.train=''", f"data.train is ''; it must be {SOURCES}"),
+    ("data.train=[]", f"data.train is []; it must be {SOURCES}"),
+    ("data.train=[{path: a, weight: 0}]", "data.train[0].weight is 0; it must be a number above 0"),
+    (
+        "data.train=[{path: a, wait: 1}]",
+        f"unknown key data.train[0].wait; keys there: {SOURCES.partition('of ')[2].partition('of ')[2]}",
+    ),
+    (
+        "data.train=[{weight: 1}]",
+        "missing key data.train[0].path; it must be a string: As `data.train`: a file, a folder of the datasets "
+        "library, or a name on the hub",
+    ),
+    ("data.fields=[question]", 'data.fields is ["question"]; it must be a mapping'),
+    ("save.best=val_loss", "save.best needs a validation loss; set data.validation, for example to 0.02"),
+    ("early_stop.patience=3", "early_stop.patience needs a validation loss; set data.validation, for example to 0.02"),
     ("model.path=3", "model.path is 3; it must be a string, in quotes"),
     ("model.path=/a: b", 'model.path is {"/a": "b"}; it must be a string'),
     ("model.revision=1e5", "model.revision is 100000.0; it must be a string or null, in quotes"),

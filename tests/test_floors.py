@@ -17,13 +17,19 @@ DOORS = {
     "torch": {"adapters", "parallel", "commands"},
     "numpy": {"storage", "adapters", "parallel", "commands"},
     "datasets": {"storage"},
+    "pyarrow": {"storage"},
     "huggingface_hub": {"storage"},
     "transformers": {"storage", "parallel"},
     "ruamel": {"spec"},
     "pydantic": {"spec"},
     "click": {"commands", ""},
 }
-SLOW = {"datasets", "huggingface_hub", "transformers"}  # in storage only inside functions: `plan` answers within 1 s
+SLOW = {
+    "datasets",
+    "huggingface_hub",
+    "pyarrow",
+    "transformers",
+}  # in storage only inside functions: `plan` answers within 1 s
 TRAINING_LOOP = "commands/train.py"  # read top to bottom: one function of it, and the file, may be longer
 MAX_LINES, MAX_FUNCTION = 300, 59
 

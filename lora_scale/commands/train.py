@@ -132,7 +132,7 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
     on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
     folder, identity = setup.open_base(cfg, screen)
     resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
-    data = run_data.read_data(cfg, folder, here)
+    data = run_data.read_data(cfg, folder, here, screen)
     run_data.say_data(cfg, data, here, screen)
     saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
     if saved and saved.step >= data.plan.total_steps:

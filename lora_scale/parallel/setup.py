@@ -170,7 +170,7 @@ def count(model: nn.Module) -> Parameters:
 
 def work_of(cfg: RunConfig, folder: ModelFolder, parameters: Parameters, data: Data, world: World) -> Work:
     """The work of a token of this run's data; for a model type without a row of shapes, N is every parameter."""
-    lengths = data.blocks.documents.lengths.astype("float64")
+    lengths = data.blocks.lengths.astype("float64")
     attended = float((lengths * (lengths + 1)).sum() / 2 / lengths.sum())
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
     peak = gpus.peak_tflops(name) if cfg.precision == "bf16" else None

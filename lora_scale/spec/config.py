@@ -4,7 +4,7 @@ Reading YAML, overrides and the wording of errors are `spec.configfile`'s.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -63,23 +63,51 @@ class LoraConfig(Section):
     starts at zero."""
 
 
+class Source(Section):
+    """One of several sources of rows."""
+
+    path: str
+    """As `data.train`: a file, a folder of the datasets library, or a name on the hub."""
+    weight: PositiveFloat = 1.0
+    """Passes over this source in one epoch: 2 shows each row twice, 0.25 another quarter of its blocks in each."""
+    max_rows: Positive | None = None
+    """Use only the first so many rows; null: as `data.max_rows`."""
+    split: str = "train"
+    """Split of a `datasets` folder or name."""
+    subset: str | None = None
+    """Subset (configuration) of a `datasets` name."""
+    fields: dict[str, str] | None = None
+    """As `data.fields`, for this source."""
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
+
+
 class DataConfig(Section):
     """Rows, and how they become blocks of tokens."""
 
-    train: PathValue
-    """JSONL file: rows of {"prompt", "completion"}, {"messages"}, {"text"}, or {"input_ids"} with optional
-    {"labels"}."""
+    train: PathValue | Sources
+    """Rows of {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"}, {"text"} or
+    {"input_ids"}: a JSONL, JSON, CSV or Parquet file, a folder of the `datasets` library or a name on the hub; or a
+    list of such sources, mixed (keys below)."""
     validation: PathValue | float | None = None
-    """JSONL file, or a fraction of the training rows (0.02), or nothing: then no validation loss."""
+    """Another file, or a fraction of the training rows (0.02), or nothing: then no validation loss."""
+    fields: dict[str, str] = {}
+    """Other names of what a row holds, ours first: {prompt: question, completion: answer}."""
     seq_len: Positive = 1024
     """Tokens a block. A longer row is cut, counted and reported."""
     packing: bool = True
     """Put several documents into one block; attention never crosses from one to another."""
-    train_on: Literal["completion", "all"] = "completion"
-    """Which tokens carry loss: the completion (the assistant's messages), or every token. {"text"} rows always train
-    on all."""
+    train_on: Literal["completion", "last", "assistant", "all"] = "completion"
+    """Which tokens carry loss: of a prompt its completion, of a conversation all that the assistant says (the same as
+    `assistant`), only its last message (`last`), or every token (`all`). {"text"} rows always train on all."""
+    chat_template: str | None = None
+    """How a conversation is written where the model has no template of its own, or another is wanted: `chatml`,
+    `alpaca`, or the path of a Jinja file."""
     max_rows: Positive | None = None
-    """Use only the first so many training rows."""
+    """Use only the first so many training rows, of each source."""
+    cache: PathValue | None = None
+    """Folder of tokenised data, seen by every host; nothing: `prepared` beside `run_dir`."""
 
 
 class TrainConfig(Section):
@@ -126,6 +154,9 @@ class SaveConfig(Section):
     """Steps between checkpoints; 0: after the last step only."""
     keep: Positive = 2
     """How many checkpoints stay; older ones are deleted after a newer one is whole."""
+    best: Literal["val_loss"] | None = None
+    """Keep the checkpoint of the lowest validation loss too, in `checkpoints/best`; each evaluation that is the best so
+    far saves one."""
 
 
 class ParallelConfig(Section):
@@ -135,6 +166,32 @@ class ParallelConfig(Section):
     """DeepSpeed ZeRO stage. 3 partitions the base over the ranks; 0, 1 and 2 keep one whole copy a rank."""
     timeout_minutes: PositiveFloat = 30.0
     """How long a rank waits for the others in one collective before the job fails."""
+
+
+class EngineConfig(Section):
+    """What goes past this config."""
+
+    deepspeed: PathValue | dict[str, Any] = {}
+    """Further keys of DeepSpeed's configuration, or the path of a JSON file with them. A key that this config owns is
+    refused by name; the whole of it, as used, is `deepspeed.json` in the run directory."""
+
+
+class EarlyStopConfig(Section):
+    """Ending a run that no longer gets better."""
+
+    patience: Positive | None = None
+    """Stop, as finished, after so many evaluations in a row without a lower validation loss; nothing: never."""
+
+
+class TrackConfig(Section):
+    """Copies of metrics.jsonl elsewhere. A tracker that fails is warned of once and stops no run."""
+
+    tensorboard: bool = False
+    """Write event files into `tensorboard/` in the run directory."""
+    wandb: str | None = None
+    """Project of Weights & Biases; without a route to its server the run is kept offline in the run directory."""
+    name: str | None = None
+    """Name of the run there; nothing: the last part of `run_dir`."""
 
 
 class RunConfig(Section):
@@ -159,9 +216,15 @@ class RunConfig(Section):
     """Seeds the adapter's initialisation, the data order and dropout. Results do not depend on the number of ranks."""
     lora: LoraConfig = LoraConfig()
     train: TrainConfig
+    max_hours: PositiveFloat | None = None
+    """Hours after which a job saves, stops and exits with 75, to be queued again; counted from its start. Slurm's own
+    limit is seen without this."""
     eval: EvalConfig = EvalConfig()
+    early_stop: EarlyStopConfig = EarlyStopConfig()
     save: SaveConfig = SaveConfig()
     parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -174,4 +237,7 @@ class RunConfig(Section):
                 f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
                 f"train.micro_batch_size = {self.train.micro_batch_size}"
             )
+        if self.data.validation is None and (self.save.best or self.early_stop.patience):
+            key = "save.best" if self.save.best else "early_stop.patience"
+            raise ValueError(f"{key} needs a validation loss; set data.validation, for example to 0.02")
         return self

@@ -124,6 +124,26 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
+def _element(key: Key) -> type[Section] | None:
+    """The section that a list under this key holds."""
+    parts = [part for base, _ in key.alternatives for part in get_args(base)]
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
+
+
+def inner_key(key: Key, element: str, leaf: str) -> Key | None:
+    """The key `data.train[0].weight`, if a list under `data.train` holds such."""
+    section = _element(key)
+    if section is None or leaf not in section.model_fields:
+        return None
+    return _key(f"{element}.{leaf}", key.section, section.model_fields[leaf])
+
+
+def inner_names(key: Key) -> str:
+    """What the elements of a list under this key take."""
+    section = _element(key)
+    return ", ".join(section.model_fields) if section else ""
+
+
 def unknown(name: str) -> str:
     """The message for a key that does not exist, with the one that was probably meant."""
     section, _, leaf = name.rpartition(".")
@@ -175,7 +195,7 @@ def _hint(key: Key, value: Any) -> str:
         return ", without quotes"
     if isinstance(value, str) and len(value) > 80:
         return ""
-    if isinstance(value, str) and key.accepts(tuple):
+    if isinstance(value, str) and key.accepts(tuple) and not key.accepts(Path):
         return f"; for one write [{value}]"
     if isinstance(value, str) and value.strip() and key.accepts(Path, str):
         return "; for nothing write null" if key.accepts(NoneType) else f"; a file of that name is ./{value}"
@@ -231,8 +251,12 @@ def _alternatives(annotation: Any, limits: Limits) -> Iterator[tuple[Any, Limits
 
 
 def _in_words(base: Any, limits: Limits) -> str:
+    if isinstance(base, type) and issubclass(base, Section):
+        return f"a mapping of {', '.join(base.model_fields)}"
     inner = [next(_alternatives(part, ())) for part in get_args(base) if part is not Ellipsis]
     if get_origin(base) is dict:
+        if inner[1][0] in (str, Any):  # names of fields, keys of other programs: no patterns
+            return "a mapping"
         return f"a mapping from patterns to {_plural(_in_words(*inner[1]))}"
     if get_origin(base) is tuple:
         count = "" if get_args(base)[-1] is Ellipsis else f"{len(inner)} "
@@ -247,7 +271,8 @@ def _in_words(base: Any, limits: Limits) -> str:
 
 
 def _plural(words: str) -> str:
-    return words.removeprefix("a ").replace("number", "numbers").replace("string", "strings")
+    words = words.removeprefix("a ").replace("number", "numbers").replace("string", "strings")
+    return words.replace("mapping of", "mappings of", 1)
 
 
 def _either(words: list[str]) -> str:
