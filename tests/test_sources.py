@@ -66,7 +66,7 @@ def test_a_folder_of_the_datasets_library(tmp_path: Path, monkeypatch: pytest.Mo
     assert second.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
     datasets.DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(str(tmp_path / "two"))
     assert len(read_rows(tmp_path / "two", split="test")) == 1
-    with pytest.raises(DataError, match="has the splits train, test, not dev; set split in data.train"):
+    with pytest.raises(DataError, match=r"has the splits train, test, not dev; set split in data.train"):
         read_rows(tmp_path / "two", split="dev")
 
 
@@ -113,5 +113,5 @@ def test_other_names_for_what_a_row_holds(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_rows(path, None, fields)
     assert str(error.value).endswith('line 2: has no "answer", which data.fields names; it has the keys "question"')
-    with pytest.raises(ConfigError, match="data.fields has question, which no form reads; write our name first"):
+    with pytest.raises(ConfigError, match=r"data.fields has question, which no form reads; write our name first"):
         check_fields({"question": "prompt"})

@@ -23,7 +23,7 @@ from lora_scale.spec import configfile, cost
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import CheckpointError, ConfigError, InterruptedRunError, LoraScaleError, UsageError
 from lora_scale.spec.schedule import learning_rate
-from lora_scale.storage import checkpoints, console, durable, provenance, runlog
+from lora_scale.storage import checkpoints, console, durable, hub, provenance, runlog
 from lora_scale.storage.console import Console, StopRequest, bar, size
 from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 
@@ -50,6 +50,7 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int | None) -> None
     Exit codes: 0 finished, 1 stopped by a fault or a guard, 2 wrong usage, config, model, data or checkpoint, 3 out of
     memory, 75 interrupted but resumable.
     """
+    hub.stay_offline()
     here = world.from_environment()
     try:
         if here and ranks:

@@ -95,7 +95,7 @@ def state_of(cfg: RunConfig, base_fingerprint: str, data: Data, step: int, token
 
 def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
     """The base's headers, read by every rank, and its fingerprint, computed by the first."""
-    path = on_every_rank(lambda: hub.resolve(cfg.model))
+    path = on_every_rank(lambda: hub.resolve(cfg.model, only_cached=True))
     folder = on_every_rank(lambda: open_folder(path, cfg.model.trust_remote_code))
     on_every_rank(lambda: load.read_config(folder, cfg) and None)  # before the data is read
     identity = on_rank_zero(lambda: fingerprint(folder))

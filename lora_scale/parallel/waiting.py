@@ -3,6 +3,7 @@
 The outcome travels through the job's own key-value store, in which every rank has met already.
 """
 
+import base64
 import itertools
 import pickle
 import time
@@ -33,13 +34,17 @@ def first_rank_works(fn: Callable[[], T]) -> T:
             outcome[1] = error
         except Exception as error:
             outcome[1] = TrainingError(f"{type(error).__name__}: {error}")
-            store.set(name, pickle.dumps(outcome))
+            store.set(name, _packed(outcome))
             raise
-        store.set(name, pickle.dumps(outcome))
+        store.set(name, _packed(outcome))
     else:
         while not store.check([name]):
             time.sleep(POLL)
-        outcome = pickle.loads(store.get(name))
+        outcome = pickle.loads(base64.b64decode(store.get(name)))
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _packed(outcome: list[Any]) -> str:
+    return base64.b64encode(pickle.dumps(outcome)).decode()

@@ -81,7 +81,7 @@ def resolved_json(config: RunConfig) -> str:
 
 def config_sha256(config: RunConfig) -> str:
     """Hash of everything that decides a run's results: not where it lies, how long a job may take, who looks on."""
-    aside = {"run_dir": True, "resume": True, "max_hours": True, "track": True, "data": {"cache"}}
+    aside: Any = {"run_dir": True, "resume": True, "max_hours": True, "track": True, "data": {"cache"}}
     deciding = config.model_dump(mode="json", exclude=aside)
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

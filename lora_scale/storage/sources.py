@@ -160,7 +160,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Row]]:
             for row in reader:
                 if None in row or None in row.values():
                     n = len([value for key, value in row.items() if key is not None and value is not None])
-                    n += len(row.get(None) or [])  # type: ignore[call-overload]
+                    n += len(row.get(None) or [])
                     have = len(reader.fieldnames or [])
                     yield reader.line_num, BadRowError(f"has {n} fields; the head of the file has {have}")
                 else:
