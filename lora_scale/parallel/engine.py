@@ -6,6 +6,7 @@ per-batch means would weigh a token by the company it keeps.
 
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.parallel import zero3
 from lora_scale.parallel.clock import PhaseClock
 from lora_scale.parallel.world import World
-from lora_scale.spec import cost
+from lora_scale.spec import cost, elsewhere
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.storage.packing import Batch
@@ -73,7 +74,7 @@ def ds_config(
             "stage3_max_reuse_distance": 0,
             "leaf_module": {"classes": list(layers)},
         }
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": cfg.train.max_grad_norm if stage or bf16_masters else 0.0,
@@ -84,6 +85,31 @@ def ds_config(
         "communication_data_type": "fp32",
         "steps_per_print": 10**9,
     }
+    return _merged(ours, passed_through(cfg))
+
+
+def passed_through(cfg: RunConfig) -> dict[str, Any]:
+    """`engine.deepspeed`: what DeepSpeed is told beside what this config says."""
+    given = cfg.engine.deepspeed
+    if isinstance(given, dict):
+        return given
+    try:
+        tree = json.loads(given.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"engine.deepspeed is {given}, which cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed is {given}, which is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"engine.deepspeed is {given}, which holds no JSON object")
+    if told := elsewhere.refused(tree):
+        raise ConfigError("\n".join(f"{given}: {line}" for line in told))
+    return tree
+
+
+def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`more` over `base`, section by section."""
+    both = {name: _merged(base[name], more[name]) for name in base.keys() & more.keys() if isinstance(more[name], dict)}
+    return {**base, **more, **both}
 
 
 def optimizer_for(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:
@@ -103,7 +129,7 @@ class Engine:
     def __init__(
         self, model: nn.Module, cfg: RunConfig, world: World, config: dict[str, Any], dropout: DropoutContext | None
     ):
-        self.cfg, self.world, self.dropout = cfg, world, dropout
+        self.cfg, self.world, self.dropout, self.config = cfg, world, dropout, config
         deepspeed = importlib.import_module("deepspeed")
         with _no_base_broadcast():
             self.ds, *_ = deepspeed.initialize(

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_scale.spec.elsewhere import refused
+
 
 class Section(BaseModel):
     """Frozen; unknown keys and silent conversions ("8" for 8, "off" for false) are errors."""
@@ -87,9 +89,9 @@ class DataConfig(Section):
     """Rows, and how they become blocks of tokens."""
 
     train: PathValue | Sources
-    """Rows of {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"}, {"text"} or
-    {"input_ids"}: a JSONL, JSON, CSV or Parquet file, a folder of the `datasets` library or a name on the hub; or a
-    list of such sources, mixed (keys below)."""
+    """The training rows. A JSONL, JSON, CSV or Parquet file, a folder of the `datasets` library or a name on the hub;
+    or a list of such sources, mixed (keys below). Rows of {"prompt", "completion"}, {"messages"}, {"conversations"},
+    {"instruction", "output"}, {"text"} or {"input_ids"}."""
     validation: PathValue | float | None = None
     """Another file, or a fraction of the training rows (0.02), or nothing: then no validation loss."""
     fields: dict[str, str] = {}
@@ -237,6 +239,8 @@ class RunConfig(Section):
                 f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
                 f"train.micro_batch_size = {self.train.micro_batch_size}"
             )
+        if isinstance(self.engine.deepspeed, dict) and (told := refused(self.engine.deepspeed)):
+            raise ValueError("\n".join(told))
         if self.data.validation is None and (self.save.best or self.early_stop.patience):
             key = "save.best" if self.save.best else "early_stop.patience"
             raise ValueError(f"{key} needs a validation loss; set data.validation, for example to 0.02")

@@ -74,6 +74,32 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def origins(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where the value of each key comes from: "default", the file's name, or the override as it was given."""
+    tree = _mapping(_parse(_read(Path(path)), str(path)), str(path))
+    found = {
+        key.name: str(path) if _at(_sorted_out(tree)[0], key) is not None else "default" for key in keys().values()
+    }
+    for override in overrides:
+        before = _sorted_out(tree)[0]
+        _override(tree, override)
+        after = _sorted_out(tree)[0]
+        found |= {key.name: override for key in keys().values() if _at(before, key) != _at(after, key)}
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors."""
+    made = RunConfig.model_json_schema()
+    made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    made["title"] = "A run of lora-scale"
+    made["properties"]["model"] = {"anyOf": [{"type": "string"}, made["properties"]["model"]]}
+    for name in sections():  # an empty section is its defaults
+        if name not in made["required"]:
+            made["properties"][name] = {"anyOf": [{"type": "null"}, made["properties"][name]]}
+    return made
+
+
 def resolved_json(config: RunConfig) -> str:
     """Every key with its value, defaults included. `load` reads it back."""
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from lora_scale.spec import elsewhere
 from lora_scale.spec.config import RunConfig, Section
 
 Limits = tuple[Any, ...]  # annotated_types' Ge, Gt, Lt, Le; whatever else stands in an annotation is ignored
@@ -38,31 +39,6 @@ NOT_A_PATH = {
     "none",
     "null",
 }  # meant as a switch, though a file may be called so
-ELSEWHERE = {  # what transformers, trl, PEFT, DeepSpeed, axolotl and LLaMA-Factory call it: what it is called here
-    **dict.fromkeys(["model_name_or_path", "base_model", "model_name"], "model.path"),
-    "attn_implementation": "model.attention",
-    **dict.fromkeys(["dataset", "datasets", "train_file"], "data.train"),
-    **dict.fromkeys(["max_seq_length", "max_length", "sequence_len", "cutoff_len"], "data.seq_len"),
-    **dict.fromkeys(["rank", "lora_r", "lora_rank"], "lora.r"),
-    "alpha": "lora.lora_alpha",
-    "lora_dropout": "lora.dropout",
-    **dict.fromkeys(["learning_rate", "max_lr", "peak_lr"], "train.lr"),
-    **dict.fromkeys(["lr_scheduler", "lr_scheduler_type", "scheduler"], "train.schedule"),
-    **dict.fromkeys(["num_train_epochs", "num_epochs"], "train.epochs"),
-    **dict.fromkeys(["steps", "total_steps", "num_steps"], "train.max_steps"),
-    "warmup_ratio": "train.warmup_steps",
-    "gradient_clipping": "train.max_grad_norm",
-    **dict.fromkeys(["gradient_accumulation_steps", "batch_size", "train_batch_size"], "train.global_batch_size"),
-    **dict.fromkeys(["per_device_train_batch_size", "train_micro_batch_size_per_gpu"], "train.micro_batch_size"),
-    **dict.fromkeys(["gradient_checkpointing", "activation_checkpointing"], "recompute"),
-    **dict.fromkeys(["bf16", "dtype", "torch_dtype"], "precision"),
-    "output_dir": "run_dir",
-    "resume_from_checkpoint": "resume",
-    "eval_steps": "eval.every",
-    "save_steps": "save.every",
-    "save_total_limit": "save.keep",
-    "stage": "parallel.zero_stage",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +114,13 @@ def inner_key(key: Key, element: str, leaf: str) -> Key | None:
     return _key(f"{element}.{leaf}", key.section, section.model_fields[leaf])
 
 
+def elements(name: str) -> list[Key]:
+    """The keys of an element of the list under a key."""
+    section = _element(keys()[name])
+    assert section is not None
+    return [_key(leaf, "", field) for leaf, field in section.model_fields.items()]
+
+
 def inner_names(key: Key) -> str:
     """What the elements of a list under this key take."""
     section = _element(key)
@@ -148,7 +131,13 @@ def unknown(name: str) -> str:
     """The message for a key that does not exist, with the one that was probably meant."""
     section, _, leaf = name.rpartition(".")
     name = name if name.isprintable() and len(name) <= 80 else show(name)
-    meant = [ELSEWHERE[leaf]] if leaf in ELSEWHERE else [key.name for key in keys().values() if key.leaf == leaf]
+    meant = [key.name for key in keys().values() if key.leaf == leaf]
+    if not meant and (rows := elsewhere.found(leaf) or elsewhere.found(section)):
+        ours = list(dict.fromkeys(row.ours for row in rows if row.ours))
+        how = "; ".join(dict.fromkeys(row.how for row in rows if row.how and (row.ours or not ours)))
+        if ours:
+            return f"unknown key {name}; did you mean {' or '.join(ours)}?{f' ({how})' if how else ''}"
+        return f"unknown key {name}; leave it out: {how}"
     if not meant:
         here = {key.leaf: key.name for key in keys().values() if key.section == section}
         anywhere = {key.leaf: key.name for key in keys().values()}
