@@ -18,6 +18,8 @@ DOORS = {
     "numpy": {"storage", "adapters", "parallel", "commands"},
     "datasets": {"storage"},
     "pyarrow": {"storage"},
+    "tensorboard": {"storage"},
+    "wandb": {"storage"},
     "huggingface_hub": {"storage"},
     "transformers": {"storage", "parallel"},
     "ruamel": {"spec"},

@@ -32,7 +32,7 @@ from tiny import tiny_folder  # noqa: E402
 from training import write_rows  # noqa: E402
 
 from lora_scale import cli  # noqa: E402
-from lora_scale.storage import checkpoints, runlog  # noqa: E402
+from lora_scale.storage import checkpoints, lease  # noqa: E402
 from lora_scale.storage.weights import read_safetensors  # noqa: E402
 
 PATIENCE = 60.0  # seconds after which a case counts as hanging
@@ -250,8 +250,8 @@ def _take_port() -> None:
 
 def _hold_lock() -> None:
     Path("run").mkdir()
-    HELD.append(runlog.lock(Path("run")))
-    runlog.LOCK_PATIENCE = 0.5
+    HELD.append(lease.Lease(Path("run")))
+    lease.LOCK_PATIENCE = 0.5
 
 
 NEWEST, OLDER = Path("run/checkpoints/step-000004"), Path("run/checkpoints/step-000002")

@@ -9,12 +9,14 @@ import torch
 from lora_scale.parallel.engine import StepResult
 from lora_scale.parallel.setup import Job
 from lora_scale.spec import cost
+from lora_scale.storage.steps import Step
 
 GIB = 1 << 30
 
 
-def row(number: int, result: StepResult, lr: float, tokens: int, seconds: float, job: Job) -> dict[str, Any]:
-    """`tokens` are the step's over all ranks, padding not counted."""
+def row(number: int, result: StepResult, lr: float, step: Step, seconds: float, job: Job) -> dict[str, Any]:
+    """Tokens are the step's over all ranks, padding not counted; `sources` says where from, if there are several."""
+    tokens = step.tokens
     rate = tokens / seconds
     per_gpu = rate / job.world.size
     found = {
@@ -30,6 +32,8 @@ def row(number: int, result: StepResult, lr: float, tokens: int, seconds: float,
         "phase_seconds": {phase: round(value, 6) for phase, value in result.seconds.items()},
         "memory": memory(job.world.device),
     }
+    if len(step.sources) > 1:
+        found["sources"] = {name: {"rows": rows, "tokens": n} for name, (rows, n) in step.sources.items()}
     if job.work.peak_tflops is not None:
         found["mfu"] = round(cost.mfu(job.work.with_attention, per_gpu, job.work.peak_tflops), 4)
     return found

@@ -153,7 +153,7 @@ TABLE = (
         "main_training_function downcast_bf16 dynamo_config", axolotl="local_rank ddp", factory="local_rank"),
     row("", "training is the only thing that `lora-scale train` does, and of this kind only",
         factory="do_train do_predict stage_of_training", hf="do_train do_predict",
-        axolotl="rl special_tokens tokens"),
+        axolotl="rl"),
     row("seed", hf="data_seed", factory="data_seed", axolotl="data_seed"),
 )  # fmt: skip
 

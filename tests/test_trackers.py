@@ -1,0 +1,93 @@
+"""TensorBoard's and W&B's files, read back by their own libraries; a tracker that fails stops nothing."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_scale.spec.config import RunConfig
+from lora_scale.storage import trackers
+from lora_scale.storage.trackers import Trackers
+
+
+def config(folder: Path, **track: Any) -> RunConfig:
+    tree = {"model": {"path": "m"}, "data": {"train": "rows"}, "run_dir": str(folder), "train": {"epochs": 1}}
+    return RunConfig.model_validate(tree | {"track": track})
+
+
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 4.0 / step, "phase_seconds": {"forward": 0.5}, "note": "x", "val_loss": None}
+
+
+def test_tensorboard_goes_on_where_a_run_is_resumed(tmp_path: Path) -> None:
+    event_file_loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    said: list[str] = []
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        tracker = Trackers(config(tmp_path, tensorboard=True), first, said.append)
+        for step in steps:
+            tracker.write(row(step))
+        tracker.close()
+    found = event_file_loader.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert found.Tags()["scalars"] == ["loss", "phase_seconds/forward"] and said == []
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [
+        (1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3)), (4, 1.0)
+    ]  # fmt: skip
+
+
+def test_wandb_is_offline_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    said: list[str] = []
+    tracker = Trackers(config(tmp_path, wandb="project", name="first"), 0, said.append)
+    tracker.write(row(1))
+    tracker.write(row(2))
+    tracker.close()
+    (line,) = said
+    assert line.startswith("note     W&B is offline; later, where there is a route: wandb sync ")
+    (file,) = Path(line.rpartition(" ")[2]).glob("*.wandb")
+    store = datastore.DataStore()
+    store.open_for_scan(str(file))
+    history, run_id = [], ""
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        run_id = record.run.run_id or run_id
+        if record.HasField("history"):
+            history.append({"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item})
+    assert [(one["_step"], one["loss"], one["phase_seconds/forward"]) for one in history] == [
+        ("1", "4", "0.5"), ("2", "2", "0.5")
+    ]  # fmt: skip
+    assert run_id == (tmp_path / "wandb-id.txt").read_text(), "a resumed run goes on in the same curve"
+
+
+def test_one_that_fails_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Any:
+        def write(*_: object) -> None:
+            raise OSError("disk full\nand more")
+
+        return write, lambda: None
+
+    monkeypatch.setattr(trackers, "_wandb", broken)
+    said: list[str] = []
+    tracker = Trackers(config(tmp_path, wandb="project"), 0, said.append)
+    for step in (1, 2, 3):
+        tracker.write(row(step))
+    tracker.close()
+    assert said == ["note     W&B is left out from here on (OSError: disk full)"]
+
+
+def test_the_writer_is_small() -> None:
+    """At most 60 lines of code: without it, a run is the same."""
+    source = Path(trackers.__file__).read_text()
+    code = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom):
+            is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            code |= set() if is_text else {node.lineno}
+    assert len(code) <= 60
