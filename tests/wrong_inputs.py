@@ -60,6 +60,7 @@ class Case:
     arrange: Change = lambda: None
     env: Mapping[str, str] = field(default_factory=dict)
     ranks: int = 0  # started by a launcher, as so many processes; 0: by hand
+    verb: str = "train"
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ def _fork(case: Case, folder: Path, screen: Path, place: Mapping[str, str]) -> i
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         case.arrange()
-        cli.main(["train", *case.arguments])
+        cli.main([case.verb, *case.arguments])
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
