@@ -23,7 +23,10 @@ class Trackers:
         kinds = (("TensorBoard", cfg.track.tensorboard, _tensorboard), ("W&B", cfg.track.wandb, _wandb))
         for name, wanted, start in kinds:
             if wanted:
-                self._try(name, lambda name=name, start=start: self._open.update({name: start(cfg, first, say)}))
+                self._try(name, partial(self._begin, name, start, cfg, first))
+
+    def _begin(self, name: str, start: Callable[..., Any], cfg: RunConfig, first: int) -> None:
+        self._open[name] = start(cfg, first, self._say)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """A row as it stands in the file."""
@@ -67,7 +70,12 @@ def _wandb(cfg: RunConfig, _first: int, say: Callable[[str], None]) -> Any:
     saved.exists() or saved.write_text(secrets.token_hex(4))
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_route() else "offline")
     name, config, resume = cfg.track.name or cfg.run_dir.name, cfg.model_dump(mode="json"), mode == "online" or None
-    where = {"project": cfg.track.wandb, "name": name, "dir": str(cfg.run_dir)}
+    where: Any = {
+        "project": cfg.track.wandb,
+        "name": name,
+        "dir": str(cfg.run_dir),
+        "settings": wandb.Settings(console="off"),
+    }
     run = wandb.init(id=saved.read_text(), mode=mode, resume="allow" if resume else None, config=config, **where)
     if mode == "offline":
         say(f"note     W&B is offline; later, where there is a route: wandb sync {Path(run.dir).parent}")
