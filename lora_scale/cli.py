@@ -16,10 +16,12 @@ from lora_scale.spec.errors import LoraScaleError
 
 VERBS = {
     "plan": "Say what a run needs on each GPU, before it is queued.",
+    "prepare": "Fetch, tokenise and pack once; show what will be trained on.",
     "train": "Train the run that a config describes, or resume it.",
     "export": "Write a checkpoint's adapter in PEFT form.",
     "merge": "Write the base with the adapter added to its weights.",
     "analyze": "Say what updates look like, and what that means for r and targets.",
+    "config": "Print every key with its value and origin, or the JSON Schema.",
     "report": "Turn a run directory into a Markdown page.",
     "doctor": "Look for what would hurt a run on this machine.",
 }

@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import coming_from
 import pytest
+from ruamel.yaml import YAML
 
 from lora_scale.cli import main
+from lora_scale.parallel import engine
 from lora_scale.spec import configdoc
-from lora_scale.spec.configfile import config_sha256, differences, load, resolved_json
+from lora_scale.spec.configfile import config_sha256, differences, load, resolved_json, schema
+from lora_scale.spec.elsewhere import TABLE
 from lora_scale.spec.errors import ConfigError
-from lora_scale.spec.keys import ELSEWHERE, keys
+from lora_scale.spec.keys import keys
 
 SMALL = """\
 model:
@@ -20,9 +24,11 @@ run_dir: runs/a
 train:
   epochs: 1
 """
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A"
-TOP = "keys at the top: run_dir, method, precision, recompute, resume, init_adapter, allow_other_base, seed"
-ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, save, parallel, memory"
+TOP = "keys at the top: run_dir, method, precision, recompute, resume, init_adapter, allow_other_base, seed, max_hours"
+ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, early_stop, save, parallel, memory, engine, track"
+SOURCES = "a path or a list of mappings of path, weight, max_rows, split, subset, fields"
 PATTERNS = "lora.rank_pattern must be a mapping from patterns to whole numbers of at least 1"
 
 
@@ -68,7 +74,21 @@ WRONG_VALUES = [
         "data.validation is '0.02'; it must be a path, a number or null, without quotes",
     ),
     ("data.validation=off", "data.validation is 'off'; it must be a path, a number or null; for nothing write null"),
-    ("data.train=''", "data.train is ''; it must be a path"),
+    ("data.train=''", f"data.train is ''; it must be {SOURCES}"),
+    ("data.train=[]", f"data.train is []; it must be {SOURCES}"),
+    ("data.train=[{path: a, weight: 0}]", "data.train[0].weight is 0; it must be a number above 0"),
+    (
+        "data.train=[{path: a, wait: 1}]",
+        f"unknown key data.train[0].wait; keys there: {SOURCES.partition('of ')[2].partition('of ')[2]}",
+    ),
+    (
+        "data.train=[{weight: 1}]",
+        "missing key data.train[0].path; it must be a string: As `data.train`: a file, a folder of the datasets "
+        "library, or a name on the hub",
+    ),
+    ("data.fields=[question]", 'data.fields is ["question"]; it must be a mapping'),
+    ("save.best=val_loss", "save.best needs a validation loss; set data.validation, for example to 0.02"),
+    ("early_stop.patience=3", "early_stop.patience needs a validation loss; set data.validation, for example to 0.02"),
     ("model.path=3", "model.path is 3; it must be a string, in quotes"),
     ("model.path=/a: b", 'model.path is {"/a": "b"}; it must be a string'),
     ("model.revision=1e5", "model.revision is 100000.0; it must be a string or null, in quotes"),
@@ -295,12 +315,95 @@ def test_every_key_is_described() -> None:
     for key in keys().values():
         assert key.meaning.endswith((".", ")")) and "typing" not in key.takes and "<" not in key.takes, key.name
     assert keys()["data.validation"].takes == "a path, a number or null"
-    assert set(ELSEWHERE.values()) <= set(keys()) and not {key.leaf for key in keys().values()} & set(ELSEWHERE)
+    assert {row.ours for row in TABLE} <= {*keys(), ""} and all(row.ours or row.how for row in TABLE)
 
 
 def test_docs_are_not_stale() -> None:
     page = Path(__file__).parent.parent / "docs" / "config.md"
     assert page.read_text() == configdoc.text(), "run: python -m lora_scale.spec.configdoc > docs/config.md"
+
+
+def test_the_schema_is_not_stale_and_every_config_names_it() -> None:
+    root = Path(__file__).parent.parent
+    page = root / "docs" / "config.schema.json"
+    assert json.loads(page.read_text()) == schema(), "run: lora-scale config --schema > docs/config.schema.json"
+    assert len(CONFIGS) >= 4
+    for path in CONFIGS:
+        first, _ = path.read_text().split("\n", 1)
+        assert first == "# yaml-language-server: $schema=../docs/config.schema.json"
+
+
+def test_the_schema_takes_what_the_reader_takes(config: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(schema())
+    for path in CONFIGS:
+        check.validate(json.loads(json.dumps(YAML(typ="safe", pure=True).load(path.read_text()))))
+    read = load(config, ["data.train=[{path: a, weight: 2}]", "lora.rank_pattern.q=4"])
+    check.validate(json.loads(resolved_json(read)))
+    for wrong in ({"lora": {"r": 0}}, {"lora": {"rank": 8}}, {"data": {"train": []}}, {"recompute": "some"}):
+        assert not check.is_valid(json.loads(resolved_json(read)) | wrong), wrong
+
+
+def test_where_every_value_comes_from(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["config", "--show", str(config), "lora.r=16", "lora={dropout: 0.1}", "model=other"])
+    assert exit.value.code == 0
+    shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert shown.keys() == keys().keys()
+    assert shown["lora.r"] == ["16", "lora.r=16"] and shown["lora.dropout"] == ["0.1", "lora={dropout:", "0.1}"]
+    assert shown["train.epochs"] == ["1.0", str(config)] and shown["train.lr"] == ["0.0002", "default"]
+    assert shown["model.path"] == ["'other'", "model=other"]
+
+
+def test_configs_of_other_programs_lead_to_ours() -> None:
+    """Every key of theirs is answered by name; what is written for it has every key that the answers name."""
+    for name in coming_from.TITLES:
+        told = coming_from.answer(name)
+        assert not [line for line in told if "keys at the top" in line or "keys of" in line]
+        ours = YAML(typ="safe", pure=True).load((coming_from.SAMPLES / f"{name}.ours.yaml").read_text())
+        given = {f"{k}.{leaf}" for k, v in ours.items() if isinstance(v, dict) for leaf in v} | set(ours)
+        named = {found for line in told if "did you mean" in line for found in keys() if f" {found}?" in line}
+        assert len(named) > 15 and named - given <= {"engine.deepspeed", "track.wandb"}, f"{name}: {named - given}"
+        assert load(coming_from.SAMPLES / f"{name}.ours.yaml")
+    page = Path(__file__).parent.parent / "docs" / "coming-from.md"
+    assert page.read_text() == coming_from.page(), "run: python tests/coming_from.py > docs/coming-from.md"
+
+
+DEEPSPEED = [
+    ("zero_optimization.stage", {"zero_optimization": {"stage": 2}}, "is for parallel.zero_stage to say; set that"),
+    ("gradient_clipping", {"gradient_clipping": 1.0}, "is for train.max_grad_norm to say; set that"),
+    ("train_batch_size", {"train_batch_size": 8}, "is for train.global_batch_size to say; set that"),
+    ("bf16", {"bf16": {"enabled": True}}, "is for precision to say; set that"),
+    ("optimizer", {"optimizer": {"type": "Adam"}}, "cannot be set: AdamW is the optimizer"),
+    (
+        "zero_optimization.offload_param",
+        {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+        "cannot be set: not built: the base stays on the GPUs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "tree", "message"), DEEPSPEED)
+def test_keys_of_deepspeed_that_are_ours_are_refused(config: Path, key: str, tree: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(config, [f"engine.deepspeed={json.dumps(tree)}"])
+    assert str(error.value) == f"engine.deepspeed.{key} {message}"
+
+
+def test_other_keys_of_deepspeed_pass_through(config: Path, tmp_path: Path) -> None:
+    more = {"comms_logger": {"enabled": True}, "zero_optimization": {"reduce_bucket_size": 7}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(more))
+    for value in (json.dumps(more), str(file)):
+        made = engine.ds_config(load(config, [f"engine.deepspeed={value}"]), 1, 10, 10, ["Layer"])
+        assert made["comms_logger"] == {"enabled": True} and made["zero_optimization"]["reduce_bucket_size"] == 7
+        assert made["zero_optimization"]["stage"] == 3 and made["communication_data_type"] == "fp32"
+    file.write_text('{"train_batch_size": 8}')
+    with pytest.raises(ConfigError, match=r"ds.json: engine.deepspeed.train_batch_size is for train.global_batch_size"):
+        engine.passed_through(load(config, [f"engine.deepspeed={file}"]))
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="which is not JSON"):
+        engine.passed_through(load(config, [f"engine.deepspeed={file}"]))
 
 
 def test_the_example_in_the_docs_loads(config: Path) -> None:

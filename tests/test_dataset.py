@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, write_tokenizer
 
 from lora_scale.spec.errors import ConfigError, DataError, ModelError
-from lora_scale.storage.dataset import encode, tokenizer
+from lora_scale.storage.dataset import encode
+from lora_scale.storage.encoder import tokenizer
 from lora_scale.storage.rows import Rows, read_rows, split
 
 REAL_MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
@@ -67,15 +68,19 @@ def one(path: Path, tok: Any, seq_len: int = 200, **options: Any) -> tuple[list[
 # --- files that cannot be used -------------------------------------------------------------------------------------
 
 GOOD = b'{"prompt": "p", "completion": "c"}\n'
-ALL_FORMS = '{"input_ids"}, {"messages"}, {"prompt", "completion"}, {"text"}'
+ALL_FORMS = (
+    '{"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}'
+)
+RENAME = "rename the keys, or say in data.fields what they hold"
 
 # What the file holds, and the message after "PATH": always the line, what is wrong there, and what to do about it.
 WRONG = {
-    "empty file": (b"", f" is empty; it needs one JSON object a line, of the form {ALL_FORMS}"),
+    "empty file": (b"", f" is empty; it needs rows of the form {ALL_FORMS}"),
     "gzip": (b"\x1f\x8b\x08\x00", " is a gzip file, not JSON lines; unpack it with gunzip"),
     "parquet": (
         b"PAR1\x15\x04",
-        " is a parquet file, not JSON lines; write it out as JSONL, for example with pandas or datasets (to_json)",
+        " is a damaged Parquet file (Parquet file size is 6 bytes, smaller than the minimum file footer (8 bytes)); "
+        "write or copy it anew",
     ),
     "UTF-16": (
         '{"text": "a"}'.encode("utf-16"),
@@ -97,13 +102,13 @@ WRONG = {
     ),
     "a JSON list over several lines": (
         b"[\n",
-        ", line 1: is not JSON (Expecting value at column 2); write a list out as one object a line: jq -c '.[]'",
+        ", line 1: is not JSON (Expecting value at column 2); a list belongs in a file called .json",
     ),
     "a JSON list": (
         b'[{"text": "a"}]\n',
-        ", line 1: is a JSON list; write it out as one object a line: jq -c '.[]'",
+        ", line 1: is a JSON list; call the file .json, or write one object a line: jq -c '.[]'",
     ),
-    "a string": (b'"text"\n', f", line 1: is a string; a row is a JSON object of the form {ALL_FORMS}"),
+    "a string": (b'"text"\n', ", line 1: is a string; a row is a JSON object"),
     "not UTF-8": (
         GOOD + '{"text": "\u00e9"}\n'.encode("latin-1"),
         ", line 2: is not UTF-8 (byte 10); convert the file, for example with iconv",
@@ -113,8 +118,8 @@ WRONG = {
         ", line 1: is JSON nested too deeply; a row is a flat object",
     ),
     "unknown keys": (
-        b'{"instruction": "p", "output": "c"}\n',
-        f', line 1: has the keys "instruction", "output"; it must be one of {ALL_FORMS}; rename the keys',
+        b'{"question": "p", "answer": "c"}\n',
+        f', line 1: has the keys "question", "answer"; it must be one of {ALL_FORMS}; {RENAME}',
     ),
     "no completion": (b'{"prompt": "p"}\n', ', line 1: has "prompt" but no "completion"; a row needs both'),
     "no prompt": (GOOD + b'{"completion": "p"}\n', ', line 2: has "completion" but no "prompt"; a row needs both'),
@@ -124,7 +129,7 @@ WRONG = {
     ),
     "a key missing": (
         b'{"text": "a"}\n{"txt": "a"}\n',
-        ', line 2: has the keys "txt"; it must be of the form {"text"}, as line 1; rename the keys',
+        f', line 2: has the keys "txt"; it must be of the form {{"text"}}, as line 1; {RENAME}',
     ),
     "null": (b'{"text": null}\n', ', line 1: "text" is null; it must be a string'),
     "a number": (b'{"prompt": "p", "completion": 4}\n', ', line 1: "completion" is a number; it must be a string'),
@@ -150,7 +155,7 @@ WRONG = {
     ),
     "another chat format": (
         b'{"messages": [{"from": "human", "value": "hi"}]}\n',
-        ', line 1: message 1 has no "role"; it needs "role" and "content"; rename "from" and "value"',
+        ', line 1: message 1 has no "role"; it needs "role" and "content"; rename "messages" to "conversations"',
     ),
     "an image": (
         b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n',
@@ -158,7 +163,7 @@ WRONG = {
     ),
     "a tool call": (
         b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}\n',
-        ", line 1: message 1 has tool_calls; only plain text messages can be trained on",
+        ', line 1: a tool call of message 1 has no "function" with a "name"',
     ),
     "input_ids is a string": (
         b'{"input_ids": "1 2"}\n',
@@ -201,10 +206,13 @@ def test_a_wrong_file_is_told_line_reason_and_way_out(case: str, tmp_path: Path)
 def test_a_path_that_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_rows(tmp_path)
-    assert str(error.value) == f"{tmp_path} is a folder; give one JSONL file"
+    assert str(error.value).startswith(f"{tmp_path} cannot be read as a folder of the datasets library (EmptyDataset")
     with pytest.raises(DataError) as error:
         read_rows(tmp_path / "none.jsonl")
-    assert str(error.value) == f"{tmp_path}/none.jsonl does not exist; data.train and data.validation name JSONL files"
+    assert str(error.value) == (
+        f"{tmp_path}/none.jsonl does not exist; data.train and data.validation name a JSONL, JSON, CSV or Parquet "
+        "file, a folder of the datasets library, or a name on the hub"
+    )
 
 
 def test_five_bad_rows_are_listed_and_the_others_counted(tmp_path: Path) -> None:
@@ -407,24 +415,27 @@ def test_no_chat_template(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         encode(read_rows(path), with_template(tmp_path, None), 200)
     assert str(error.value) == (
-        f'{path} holds {{"messages"}}, but the tokenizer has no chat template; put chat_template.jinja into the model '
-        'folder, or write the rows as {"prompt", "completion"}'
+        f"{path} holds conversations, but the tokenizer has no chat template, as of a base model; set "
+        'data.chat_template to chatml or alpaca or a Jinja file, or write the rows as {"prompt", "completion"}'
     )
 
 
 def test_a_template_that_rewrites_what_was_said_is_refused_by_line(tmp_path: Path) -> None:
     """As Qwen 3's does with the thoughts in all answers but the last."""
-    only_last = CHAT_TEMPLATE.replace("+ message['content'] +", "+ (message['content'] if loop.last else '...') +")
-    tok = with_template(tmp_path, only_last)
+    said = "(message['content'] if loop.last or message['role'] == 'user' else '...')"
+    tok = with_template(tmp_path, CHAT_TEMPLATE.replace("+ message['content'] +", f"+ {said} +"))
     path = write_rows(tmp_path, {"messages": CHAT[:1]}, {"messages": CHAT})
     with pytest.raises(DataError) as error:
         encode(read_rows(path), tok, 200)
     assert str(error.value) == (
         f"{path}, line 2: message 2: the chat template writes the conversation up to there differently when more "
         "follows, so what the assistant said cannot be told apart; end the conversation with its first answer, or set "
-        "data.train_on=all"
+        "data.train_on=last"
     )
     assert len(encode(read_rows(path), tok, 200, train_on="all")) == 2
+    assert (
+        tok.decode(one(write_rows(tmp_path, {"messages": CHAT}), tok, train_on="last")[1]) == "the old one\n<|im_end|>"
+    )
 
 
 def test_a_conversation_that_begins_with_the_assistant_is_refused(tok: Any, tmp_path: Path) -> None:
@@ -518,17 +529,10 @@ def test_tokens_are_kept_small(tok: Any) -> None:
     assert (documents.ids.dtype, documents.trained.dtype, documents.offsets.dtype) == (np.int32, np.bool_, np.int64)
 
 
-def test_the_bar_is_on_stderr_and_only_if_wanted(
-    tok: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encode(texts(["a"]), tok, 20, progress=True)
-    assert capsys.readouterr() == ("", ""), "no terminal, no bar"
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
-    encode(texts(["a"]), tok, 20)
-    assert capsys.readouterr() == ("", "")
-    encode(texts(["a"]), tok, 20, progress=True)
-    out, err = capsys.readouterr()
-    assert out == "" and "tokenising rows.jsonl" in err
+def test_progress_is_told_by_the_thousand(tok: Any) -> None:
+    told: list[tuple[int, int]] = []
+    encode(texts(["a"] * 2001), tok, 20, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1000, 2001), (2000, 2001), (2001, 2001)]
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------

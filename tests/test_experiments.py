@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_scale.adapters import baselines
 from lora_scale.parallel import recompute
-from lora_scale.spec import configfile, cost
+from lora_scale.spec import configfile, cost, states
 from lora_scale.spec.named import shape
 from lora_scale.spec.shapes import architecture
 

@@ -17,6 +17,9 @@ DOORS = {
     "torch": {"adapters", "parallel", "commands"},
     "numpy": {"storage", "adapters", "parallel", "commands"},
     "datasets": {"storage"},
+    "pyarrow": {"storage"},
+    "tensorboard": {"storage"},
+    "wandb": {"storage"},
     "huggingface_hub": {"storage"},
     "matplotlib": {"storage", "commands"},
     "transformers": {"storage", "parallel"},
@@ -31,6 +34,7 @@ SLOW = {
     "huggingface_hub",
     "jinja2",
     "matplotlib",
+    "pyarrow",
     "transformers",
 }  # in storage only inside functions: `plan` answers within 1 s
 TRAINING_LOOP = "commands/train.py"  # read top to bottom: one function of it, and the file, may be longer

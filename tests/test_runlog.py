@@ -70,24 +70,6 @@ def test_a_row_grows_in_place(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [1, 2, 3] and read_metrics(tmp_path)[1]["save_seconds"] == 0.25
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runlog, "LOCK_PATIENCE", 0.3)
-    with runlog.lock(tmp_path), pytest.raises(UsageError, match=rf"is in use by process {os.getpid()} on \S+; wait"):
-        runlog.lock(tmp_path)
-    code = "import sys, time; from pathlib import Path; from lora_scale.storage import runlog\n"
-    code += "held = runlog.lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)\n"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env, stdout=subprocess.PIPE)
-    assert other.stdout is not None and other.stdout.readline() == b"held\n"
-    with pytest.raises(UsageError, match=f"is in use by process {other.pid} on "):
-        runlog.lock(tmp_path)
-    other.kill()
-    monkeypatch.setattr(runlog, "LOCK_PATIENCE", 10.0)  # it may still be dying
-    runlog.lock(tmp_path).close()
-    other.wait()
-    other.stdout.close()
-
-
 @pytest.mark.parametrize(("resumed", "expected"), [(5, [1, 2, 3, 4, 5, 6, 7]), (9, [*range(1, 10)]), (None, [6, 7])])
 def test_resuming_leaves_one_row_a_step(tmp_path: Path, resumed: int | None, expected: list[int]) -> None:
     write_steps(tmp_path, range(1, 10))

@@ -11,21 +11,22 @@ from hypothesis import strategies as st
 from tiny_documents import documents_of
 
 from lora_scale.spec.errors import ConfigError
-from lora_scale.storage.packing import EMPTY, Batch, Blocks, pack
+from lora_scale.storage.mixture import Mixture
+from lora_scale.storage.packing import EMPTY, Batch, pack
 from lora_scale.storage.steps import StepPlan, eval_batches
 
 SEQ_LEN = 12
 
 
-def blocks_of(n: int) -> Blocks:
+def blocks_of(n: int) -> Mixture:
     """n blocks; those of even number hold two documents and some padding."""
     lengths = [length for block in range(n) for length in ((SEQ_LEN,) if block % 2 else (6, 5))]
-    blocks = pack(documents_of(lengths, SEQ_LEN))
+    blocks = Mixture.of(pack(documents_of(lengths, SEQ_LEN)))
     assert len(blocks) == n
     return blocks
 
 
-def plan(blocks: Blocks, batch: int = 12, micro: int = 1, rank: int = 0, ranks: int = 1, seed: int = 0, **length):
+def plan(blocks: Mixture, batch: int = 12, micro: int = 1, rank: int = 0, ranks: int = 1, seed: int = 0, **length):
     return StepPlan(blocks, batch, micro, rank, ranks, seed, **length)
 
 
@@ -147,15 +148,15 @@ def test_empty_blocks_have_no_targets_and_are_shared_out() -> None:
     assert (empty.sample_ids == -1).all()
     assert (empty.input_ids == 2).all()
     assert (empty.position_ids == np.arange(SEQ_LEN)).all()
-    lines = [next(plan(blocks_of(7), 12, rank=rank, ranks=2, epochs=1).steps()).lines for rank in (0, 1)]
-    assert all(len(part) for part in lines)
+    names = [next(plan(blocks_of(7), 12, rank=rank, ranks=2, epochs=1).steps()).names for rank in (0, 1)]
+    assert all(part.startswith("tiny.jsonl, lines ") for part in names)
 
 
 def test_a_step_names_the_rows_of_its_rank() -> None:
     blocks = blocks_of(4)
     steps = [next(plan(blocks, 4, rank=rank, ranks=2, epochs=1).steps()) for rank in (0, 1)]
-    assert sorted(np.concatenate([step.lines for step in steps])) == list(range(1, 7))
-    assert steps[0].names.startswith("tiny.jsonl, lines ")
+    named = [int(line) for step in steps for line in step.names.removeprefix("tiny.jsonl, lines ").split(", ")]
+    assert sorted(named) == list(range(1, 7))
     idle = next(plan(blocks_of(1), 2, rank=1, ranks=2, epochs=1).steps())
     assert (idle.names, idle.target_tokens > 0) == ("padding only", True)
 
@@ -188,7 +189,7 @@ def test_validation_blocks_are_the_same_for_any_number_of_ranks(n: int, micro: i
     assert len({len(part) for part in parts}) == 1
     rows = [row for part in parts for batch in part for row in contents(batch)]
     seen = Counter(rows)
-    del seen[contents(blocks.get(EMPTY))[0]]
+    del seen[contents(blocks.batch([EMPTY]))[0]]
     assert seen == Counter(row for batch in eval_batches(blocks, 1, 0, 1, limit) for row in contents(batch))
     assert sum(seen.values()) == min(n, limit or n)
     assert max(seen.values()) == 1
@@ -197,16 +198,71 @@ def test_validation_blocks_are_the_same_for_any_number_of_ranks(n: int, micro: i
 def test_few_validation_blocks_are_spread_over_all() -> None:
     """Best fit puts the longest documents into the first blocks."""
     batches = eval_batches(blocks_of(20), 1, 0, 1, max_blocks=4)
-    all_blocks = [contents(blocks_of(20).get(block))[0] for block in range(20)]
+    all_blocks = [contents(blocks_of(20).batch([block]))[0] for block in range(20)]
     assert [all_blocks.index(contents(batch)[0]) for batch in batches] == [0, 5, 10, 15]
 
 
 def test_a_block_is_made_in_less_than_a_millisecond() -> None:
     """Measured 0.06 ms for 4,096 tokens; the margin is for a busy machine, and the least of five is taken."""
-    blocks = pack(documents_of([100] * 400, 4096))
+    blocks = Mixture.of(pack(documents_of([100] * 400, 4096)))
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         next(plan(blocks, 10, epochs=1).steps())
         seconds.append(time.perf_counter() - start)
     assert min(seconds) / 10 < 1e-3
+
+
+# --- several sources ------------------------------------------------------------------------------------------------
+
+
+def mixture(sizes: list[int], weights: list[float]) -> Mixture:
+    """Sources of so many blocks each, with other tokens in each."""
+    parts = [pack(documents_of([SEQ_LEN] * n, SEQ_LEN, seed=number)) for number, n in enumerate(sizes)]
+    return Mixture(tuple(parts), tuple(weights))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.1, 0.5, 1.0, 1.5, 3.0])), min_size=1, max_size=4),
+    seed=st.integers(0, 9),
+)
+def test_an_epoch_takes_its_share_of_every_source(sources: list[tuple[int, float]], seed: int) -> None:
+    """Over 20 epochs (20 w is whole) every block of a source comes equally often; in one, no more often than needed."""
+    mixed = mixture([n for n, _ in sources], [weight for _, weight in sources])
+    epochs = [mixed.epoch(number, seed) for number in range(20)]
+    for number, epoch in enumerate(epochs):
+        assert len(epoch) == mixed.first_of_epoch(number + 1) - mixed.first_of_epoch(number)
+    seen = Counter(np.concatenate(epochs).tolist())
+    first = 0
+    for n, weight in sources:
+        assert {seen[block] for block in range(first, first + n)} == {round(20 * weight)}
+        first += n
+    assert [mixed.epoch_of(at) for at in range(mixed.first_of_epoch(20))] == [
+        number for number, epoch in enumerate(epochs) for _ in epoch
+    ]
+
+
+def test_a_mixture_needs_no_state_and_counts_what_each_source_gave() -> None:
+    mixed = mixture([7, 5], [0.5, 2.0])
+    whole = list(plan(mixed, 4, seed=3, epochs=3).steps())
+    assert same_steps(whole[5:], list(plan(mixed, 4, seed=3, epochs=3).steps(first_step=5)))
+    assert len(whole) == math.ceil(3 * 13.5 / 4)
+    seen = [sum(step.sources[name][0] for step in whole) for name in mixed.sources]
+    assert seen == [11, 30], "one document a block: 3 x 3.5, rounded up by the last step, and 3 x 10"
+    assert sum(tokens for step in whole for _, tokens in step.sources.values()) == sum(step.tokens for step in whole)
+    assert mixed.sources == ("tiny.jsonl#1", "tiny.jsonl#2")
+
+
+def test_samples_of_two_sources_have_different_numbers() -> None:
+    """A dropout mask is drawn from the sample's number."""
+    mixed = mixture([2, 2], [1.0, 1.0])
+    samples = [set(mixed.batch([block]).sample_ids.ravel().tolist()) for block in range(4)]
+    assert samples == [{0}, {1}, {2}, {3}]
+
+
+def test_equal_weights_of_one_source_change_nothing() -> None:
+    """The order of a run with one source is the one it had before there were mixtures."""
+    parts = pack(documents_of([SEQ_LEN] * 10, SEQ_LEN))
+    assert plan(Mixture((parts,), (1.0,)), 10, seed=7, epochs=1).blocks_of(0).tolist() == GOLDEN_ORDER
+    assert Mixture.of(parts).fingerprint() == parts.fingerprint() != Mixture((parts,), (2.0,)).fingerprint()

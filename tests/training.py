@@ -23,6 +23,7 @@ from lora_scale.parallel.world import World
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.families import roles
 from lora_scale.spec.schedule import learning_rate
+from lora_scale.storage import prepared
 from lora_scale.storage.console import Console
 from lora_scale.storage.folder import open_folder
 from lora_scale.storage.steps import StepPlan
@@ -163,7 +164,8 @@ def reference(tree: dict[str, Any], steps: int = STEPS) -> Trace:
 def _reference_steps(
     model: nn.Module, cfg: RunConfig, named: dict[str, nn.Parameter], steps: int, context: DropoutContext | None
 ) -> Trace:
-    blocks, _ = run_data.blocks_of_run(cfg, open_folder(cfg.model.path))
+    folder = open_folder(cfg.model.path)
+    blocks, _ = prepared.blocks_of_run(cfg, folder.path, folder.config.get("vocab_size"))
     plan = StepPlan(blocks, cfg.train.global_batch_size, 1, 0, 1, cfg.seed, cfg.train.epochs, cfg.train.max_steps)
     optimizer = torch.optim.AdamW(named.values(), lr=cfg.train.lr, weight_decay=0.0)
     trace = Trace([], [], {}, {})

@@ -32,7 +32,7 @@ from tiny import tiny_folder  # noqa: E402
 from training import write_rows  # noqa: E402
 
 from lora_scale import cli  # noqa: E402
-from lora_scale.storage import checkpoints, runlog  # noqa: E402
+from lora_scale.storage import checkpoints, lease  # noqa: E402
 from lora_scale.storage.weights import read_safetensors  # noqa: E402
 
 PATIENCE = 60.0  # seconds after which a case counts as hanging
@@ -60,6 +60,7 @@ class Case:
     arrange: Change = lambda: None
     env: Mapping[str, str] = field(default_factory=dict)
     ranks: int = 0  # started by a launcher, as so many processes; 0: by hand
+    verb: str = "train"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ def _configs() -> list[Case]:
         ["lora.target_module=[q]"],
         ["banana=1"],
         ["seed", "lora.r=0", "resume=no"],
+        ["cutoff_len=2048", "optim=adamw_torch", "gradient_accumulation_steps=4"],
+        ["data.train=[{path: a, weight: 0}, {pth: b}]"],
+        ["engine.deepspeed={zero_optimization: {stage: 2, offload_param: {device: cpu}}}"],
+        ["save.best=val_loss"],
     )
     files = ("empty", "no space", "a tab", "twice", "indentation", "documents")
     return [
@@ -193,6 +198,15 @@ def _rows() -> list[Case]:
         *(Case(group, f"rows.jsonl is {shown[n]}", arrange=write("rows.jsonl", WRONG_ROWS[n][0])) for n in names),
         Case(group, 'rows.jsonl is `{"input_ids": [1, 96]}`', arrange=write("rows.jsonl", '{"input_ids": [1, 96]}\n')),
         Case(group, "the tokenizer has no chat template", arrange=_messages_without_template),
+        config(group, "data.chat_template=vicuna"),
+        config(group, "data.fields={question: prompt}"),
+        config(group, "data.fields={prompt: question, completion: answer}"),
+        config(group, "data.train=rows.csv", given="rows.csv has a line with a field too many", arrange=_wrong_csv),
+        config(group, "data.train=rows.json", given="rows.json is cut", arrange=write("rows.json", '[{"text": "a"}')),
+        config(group, "data.train=owner/rows", given="no network, nothing in the hub's cache"),
+        config(group, given="a conversation that the chat template rewrites", arrange=_rewriting_template),
+        config(group, "data.cache=rows.jsonl/cache"),
+        config(group, "engine.deepspeed=absent.json"),
         config(group, "data.seq_len=1"),
         config(group, "data.max_rows=2", "data.validation=0.01"),
     ]
@@ -204,6 +218,20 @@ def _shown(content: bytes) -> str:
     except UnicodeDecodeError:
         text = repr(content)[2:-1]
     return f"`{text}`" if text else "empty"
+
+
+def _wrong_csv() -> None:
+    write("rows.csv", "prompt,completion\na,b\na,b,c\n")()
+
+
+def _rewriting_template() -> None:
+    """As Qwen3's: of all answers but the last it leaves something out."""
+    said = "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}<|im_end|>"
+    write(
+        "model/chat_template.jinja", f"{{% for m in messages %}}<|im_start|>{{{{ m['role'] }}}} {said}{{% endfor %}}"
+    )()
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))] * 2
+    write("rows.jsonl", json.dumps({"messages": turns}) + "\n")()
 
 
 def _messages_without_template() -> None:
@@ -250,8 +278,8 @@ def _take_port() -> None:
 
 def _hold_lock() -> None:
     Path("run").mkdir()
-    HELD.append(runlog.lock(Path("run")))
-    runlog.LOCK_PATIENCE = 0.5
+    HELD.append(lease.Lease(Path("run")))
+    lease.LOCK_PATIENCE = 0.5
 
 
 NEWEST, OLDER = Path("run/checkpoints/step-000004"), Path("run/checkpoints/step-000002")
@@ -364,7 +392,7 @@ def _fork(case: Case, folder: Path, screen: Path, place: Mapping[str, str]) -> i
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         case.arrange()
-        cli.main(["train", *case.arguments])
+        cli.main([case.verb, *case.arguments])
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()

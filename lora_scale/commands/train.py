@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,27 @@ from lora_scale.parallel import checkpoint, fits, guards, local, memory, metrics
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
 from lora_scale.parallel.setup import Job
+from lora_scale.parallel.waiting import first_rank_works
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, planning, search
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import CheckpointError, ConfigError, InterruptedRunError, LoraScaleError, UsageError
+from lora_scale.spec.progress import Deadline, Validation, deadline, validation_so_far
 from lora_scale.spec.schedule import learning_rate
-from lora_scale.storage import checkpoints, console, durable, provenance, runlog
+from lora_scale.storage import checkpoints, console, durable, hub, provenance, runlog
 from lora_scale.storage.console import Console, StopRequest, bar, size
 from lora_scale.storage.folder import ModelFolder
-from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
+from lora_scale.storage.lease import Lease
+from lora_scale.storage.runlog import CHECKPOINTS, METRICS, RunLog, log_path
+from lora_scale.storage.trackers import Trackers
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line says beside the config."""
+
+    started: float  # when; seconds since 1970
+    ignore_plan: bool
 
 
 @click.command()
@@ -37,7 +49,11 @@ from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
     "--ranks", type=click.IntRange(min=1), help="Local ranks to start. Default: one a visible GPU, or one process."
 )
 @click.option("--ignore-plan", is_flag=True, help="Start even where the plan says that it will not fit.")
-def command(config: Path, overrides: tuple[str, ...], ranks: int | None, ignore_plan: bool) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Errors only; everything is in the log all the same.")
+@click.option("-v", "--verbose", count=True, help="A line for every step; -vv: what libraries say, too.")
+def command(
+    config: Path, overrides: tuple[str, ...], ranks: int | None, ignore_plan: bool, quiet: bool, verbose: int
+) -> None:
     """Train as CONFIG says: an adapter on a frozen, sharded base, or every weight (method=full).
 
     \b
@@ -53,6 +69,8 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int | None, ignore_
     Exit codes: 0 finished, 1 stopped by a fault or a guard, 2 wrong usage, config, model, data or checkpoint, 3 out of
     memory, 75 interrupted but resumable.
     """
+    hub.stay_offline()
+    started, verbosity = time.time(), -1 if quiet else min(verbose, 2)
     here = world.from_environment()
     try:
         if here and ranks:
@@ -64,10 +82,13 @@ def command(config: Path, overrides: tuple[str, ...], ranks: int | None, ignore_
             sys.exit(error.exit_code)
         raise
     if here is None and (count := ranks or local.default_ranks()) > 1:
-        arguments = ["train", str(config), *overrides, *(["--ignore-plan"] if ignore_plan else [])]
-        click.echo(f"{count} local ranks: {local.shown(count, arguments)}")
+        words = [*(["--ignore-plan"] if ignore_plan else []), *(["-q"] if quiet else ["-v"] * verbosity)]
+        arguments = ["train", str(config), *overrides, *words]
+        if not quiet:
+            click.echo(f"{count} local ranks: {local.shown(count, arguments)}")
         sys.exit(local.run(count, arguments, cfg.run_dir))
-    sys.exit(_guarded(cfg, config, here, log, ignore_plan))
+    screen = Console(here.rank if here else 0, verbosity)
+    sys.exit(_guarded(cfg, config, here, log, screen, Asked(started, ignore_plan)))
 
 
 def _log_path(cfg: RunConfig, rank: int) -> Path:
@@ -78,17 +99,16 @@ def _log_path(cfg: RunConfig, rank: int) -> Path:
         raise ConfigError(f"{where} ({error.filename}: {error.strerror}); set another run_dir") from error
 
 
-def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path, ignore_plan: bool) -> int:
+def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path, screen: Console, asked: Asked) -> int:
     """Run, and let exactly one rank tell the screen what went wrong, after everything else, with its log's path."""
     rank, token, code = here.rank if here else 0, world.launch_token(here), 0
-    screen = Console(rank)
     screen.redirect(log)
     faulthandler.enable()
     with StopRequest(screen, lambda: console.is_claimed(cfg.run_dir, token)) as stop:
         try:
             here = world.start(here, cfg.parallel.timeout_minutes)
             token = on_rank_zero(lambda: token)  # one for all hosts
-            run(cfg, config, here, screen, stop, token, ignore_plan)
+            run(cfg, config, here, screen, stop, token, asked)
         except LoraScaleError as error:
             stop.over()
             code = error.exit_code
@@ -130,38 +150,55 @@ def _fault(error: BaseException, rank: int) -> tuple[int, str]:
 
 
 def run(
-    cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str, ignore_plan: bool
+    cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str, asked: Asked
 ) -> None:
     """One rank's whole run."""
-    kept: list[Any] = []  # what stays with the first rank: the lock and the log
-    on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
+    with contextlib.ExitStack() as stack:  # what stays with the first rank: the lease, the log, the trackers
+        first_rank_works(lambda: _enter(cfg.run_dir, token, screen, stack))
+        _run(cfg, config, here, screen, stop, asked, stack)
+
+
+def _run(
+    cfg: RunConfig,
+    config: Path,
+    here: World,
+    screen: Console,
+    stop: StopRequest,
+    asked: Asked,
+    stack: contextlib.ExitStack,
+) -> None:
     grid = grids.make(cfg.parallel, here)
     folder, identity = setup.open_base(cfg, screen)
     resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
     start = on_rank_zero(lambda: None if resume else setup.find_init_adapter(cfg, folder, identity))
-    data = run_data.read_data(cfg, folder, grid)
+    data = run_data.read_data(cfg, folder, grid, screen)
     run_data.say_data(cfg, data, grid, screen)
     saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
     if saved and saved.step >= data.plan.total_steps:
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
         return
+    step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
+    seen = on_rank_zero(lambda: _validation_before(cfg, step))
+    if _is_over(cfg, seen):
+        screen.line(f"finished already, at step {step}: {_no_better(seen)}; a larger early_stop.patience goes on")
+        return
     limit = fits.device_gib(here.device)
-    cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, ignore_plan))
+    cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, asked.ignore_plan))
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start))
+    on_rank_zero(lambda: _check_space(cfg, setup.count(model)))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
     for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")
     if resume and saved:
         checkpoint.restore(job.engine, resume, saved, job.key)
         screen.line(f"resumed  {resume}: {saved.step} of {data.plan.total_steps} steps are done")
-    step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
     loading = memory.measure(here.device, job.engine.ds, memory.since_start(here.device, "load"))
-    on_rank_zero(lambda: kept.append(_open_log(job, config, step, planned, loading)))
-    with contextlib.ExitStack() as stack:
-        own = stack.enter_context(runlog.RankMemory(cfg.run_dir, here.rank, step or None))
-        own.write({"step": step, "phase": "load", **loading})
-        _loop(job, stack.enter_context(kept[-1]) if kept else None, own, screen, stop, step, tokens_seen)
+    own = stack.enter_context(runlog.RankMemory(cfg.run_dir, here.rank, step or None))
+    own.write({"step": step, "phase": "load", **loading})
+    kept: list[RunLog] = []
+    on_rank_zero(lambda: kept.append(stack.enter_context(_open_log(job, config, step, planned, loading))))
+    _loop(job, kept[0] if kept else None, own, screen, stop, (step, tokens_seen, seen), asked.started)
 
 
 def _loop(
@@ -170,25 +207,32 @@ def _loop(
     own: runlog.RankMemory,
     screen: Console,
     stop: StopRequest,
-    first: int,
-    tokens_seen: int,
+    behind: tuple[int, int, Validation],
+    job_started: float,
 ) -> None:
-    """The steps from `first` (finished ones are not repeated) to the last."""
+    """The steps from those that are `behind` (their number, their tokens, their validation losses) to the last."""
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
+    first, tokens_seen, seen = behind
     learning, val_loss = guards.LearningGuard(engine), None
+    trackers = Trackers(cfg, first, screen.line) if log else None
+    end_of_job, step_seconds, save_seconds = deadline(job_started, cfg.max_hours, os.environ), 0.0, 0.0
     if data.validation and first == 0:
         val_loss = engine.evaluate(data.validation)
         screen.line(f"before   val_loss {val_loss:.4f}")
-        if log:
+        seen = seen.after(0, val_loss)
+        if log and trackers:
             log.write_row({"step": 0, "val_loss": val_loss})
+            trackers.write(log.row)
     snapshot = memory.Snapshot(cfg.memory.snapshot_steps, runlog.log_path(cfg.run_dir, job.world.rank))
     started = time.perf_counter()
     stop.in_loop = True
     for number, step in enumerate(data.plan.steps(first), start=first):
         begin, done = time.perf_counter(), number + 1
         lr = learning_rate(number, total, cfg.train)
+        begin_time = time.time()
+        must_end = partial(_must_end, stop, end_of_job, step_seconds, save_seconds)
         snapshot.before(done)
-        result = engine.train_step(step, number, lr, lambda: stop.asked)
+        result = engine.train_step(step, number, lr, must_end)
         snapshot.after(done)
         guards.check_finite(done, result, step.names)
         learning.after_step(done, lr, step.target_tokens)
@@ -196,23 +240,34 @@ def _loop(
         seconds = time.perf_counter() - begin
         held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())
         own.write({"step": done, **held})
-        row = metrics.row(done, result, lr, step.tokens, seconds, job, held)
+        row = metrics.row(done, result, lr, step, seconds, job, held)
         if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
             row["val_loss"] = val_loss = engine.evaluate(data.validation)
-        saves = done == total or result.stop or bool(cfg.save.every and done % cfg.save.every == 0)
+            seen = seen.after(done, val_loss)
+        ends = done == total or result.stop or _is_over(cfg, seen)
+        best = cfg.save.best is not None and seen.is_best(done)
+        saves = ends or best or bool(cfg.save.every and done % cfg.save.every == 0)
         if log:
             log.write_row(row, sync=saves)  # before the save: a run that resumes from it finds all its rows
         if saves:
-            path, seconds = _save(job, done, tokens_seen)
-            print(f"saved {path} in {seconds:.2f} s", flush=True)  # into the log
+            path, save_seconds = _save(job, done, tokens_seen, best)
+            print(f"saved {path} in {save_seconds:.2f} s", flush=True)  # into the log
             saving = engine.clock.memory.take()
             own.write({"step": done, "phase": "save", "phases": saving}, flush=True)
             if log:
-                log.add_to_row(save_seconds=seconds, **({"save_memory": saving["save"]} if saving else {}))
+                log.add_to_row(save_seconds=save_seconds, **({"save_memory": saving["save"]} if saving else {}))
+        if log and trackers:
+            trackers.write(log.row)
+        step_seconds = time.time() - begin_time
         screen.live(partial(_line, row, total, first, val_loss, started), force=done in (first + 1, total))
-        if result.stop:
+        if ends:
             break
+    if trackers:
+        trackers.close()
     on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))  # before any last words
+    if _is_over(cfg, seen) and not result.stop:
+        screen.line(f"finished early, at step {done} of {total}: {_no_better(seen)}")
+        return
     if done < total:
         raise InterruptedRunError(
             f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there"
@@ -234,12 +289,39 @@ def _line(row: dict[str, Any], total: int, first: int, val_loss: float | None, s
     return text
 
 
-def _enter(run_dir: Path, token: str) -> Any:
-    """Make the run directory this process's own, tidy up what killed runs left in it, and return the lock."""
-    lock = runlog.lock(run_dir)
+def _must_end(stop: StopRequest, end_of_job: Deadline, step_seconds: float, save_seconds: float) -> bool:
+    """Whether this step must be the last of this job."""
+    return stop.asked or end_of_job.is_near(time.time(), step_seconds, save_seconds)
+
+
+def _is_over(cfg: RunConfig, seen: Validation) -> bool:
+    """Whether `early_stop` says so."""
+    return cfg.early_stop.patience is not None and seen.waited >= cfg.early_stop.patience
+
+
+def _no_better(seen: Validation) -> str:
+    return f"no val_loss below {seen.best:.4f} (step {seen.step}) in {seen.waited} evaluations"
+
+
+def _validation_before(cfg: RunConfig, step: int) -> Validation:
+    """What was evaluated up to the step that a resumed run goes on from."""
+    if not step or not (cfg.run_dir / METRICS).is_file():
+        return Validation()
+    return validation_so_far([row for row in runlog.read_metrics(cfg.run_dir) if row["step"] <= step])
+
+
+def _check_space(cfg: RunConfig, parameters: setup.Parameters) -> None:
+    """Before any GPU hour: a value and two moments in fp32 for everything that trains, `save.keep` + 1 times."""
+    checkpoints.check_space(cfg.run_dir, 12 * parameters.trainable, cfg.save.keep + 1 + (cfg.save.best is not None))
+
+
+def _enter(run_dir: Path, token: str, screen: Console, stack: contextlib.ExitStack) -> None:
+    """Make the run directory this process's own and tidy up what killed runs left in it."""
+    lease = stack.enter_context(contextlib.closing(Lease(run_dir, lambda text: screen.live(lambda: text))))
+    if lease.warning:
+        screen.line(f"warning  {run_dir}: {lease.warning}")
     durable.remove_leftovers(run_dir / CHECKPOINTS)
     console.forget_claims(run_dir, but=token)
-    return lock
 
 
 def _plan(
@@ -318,12 +400,14 @@ def _read_state(cfg: RunConfig, identity: str, data: run_data.Data, path: Path) 
     return saved
 
 
-def _save(job: Job, step: int, tokens_seen: int) -> tuple[Path, float]:
+def _save(job: Job, step: int, tokens_seen: int, best: bool) -> tuple[Path, float]:
     """Write a checkpoint, then delete those that `save.keep` leaves out; its path and the seconds it took."""
     start = time.perf_counter()
     folder = job.cfg.run_dir / CHECKPOINTS
     with job.engine.clock.memory.phase("save"):
         path = checkpoint.save(job.engine, job.state(step, tokens_seen), folder, job.write_adapter_config, job.key)
+    if best:
+        on_rank_zero(lambda: checkpoints.mark_best(folder, step))
     on_rank_zero(lambda: checkpoints.prune(folder, job.cfg.save.keep) and None)
     return path, time.perf_counter() - start
 
@@ -336,6 +420,7 @@ def _open_log(job: Job, config: Path, step: int, planned: dict[str, Any], loadin
         resolved=job.cfg.model_dump(mode="json"),
         resumed_step=step or None,
     )
+    log.write_deepspeed(job.engine.config)
     log.write_manifest(
         {
             "command": provenance.command(),

@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_scale.parallel.grid import Grid
-from lora_scale.parallel.world import on_rank_zero
-from lora_scale.spec import baselines, cost
+from lora_scale.parallel.waiting import first_rank_works
+from lora_scale.parallel.world import on_every_rank
+from lora_scale.spec import cost
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import family
-from lora_scale.storage import dataset, packing
-from lora_scale.storage.console import Console
+from lora_scale.storage import prepared
+from lora_scale.storage.console import Console, bar
 from lora_scale.storage.folder import ModelFolder
-from lora_scale.storage.packing import Batch, Blocks
-from lora_scale.storage.rows import Rows, read_rows, split
+from lora_scale.storage.mixture import Mixture
+from lora_scale.storage.packing import Batch
 from lora_scale.storage.steps import StepPlan, check_batch_sizes, eval_batches
 
 
@@ -22,18 +23,19 @@ class Data:
     """Training steps and validation batches of this rank."""
 
     plan: StepPlan
-    blocks: Blocks
+    blocks: Mixture
     validation: list[Batch]
     notes: list[str]
+    fingerprint: str
 
     def identity(self, cfg: RunConfig) -> dict[str, Any]:
         """What a resumed run must find again."""
-        return {"fingerprint": self.blocks.fingerprint(), "blocks": len(self.blocks), "seq_len": cfg.data.seq_len}
+        return {"fingerprint": self.fingerprint, "blocks": len(self.blocks), "seq_len": cfg.data.seq_len}
 
 
-def read_data(cfg: RunConfig, folder: ModelFolder, grid: Grid) -> Data:
-    """Rows to blocks to steps. The first rank reads and tokenises; every rank gets all blocks and keeps its part of
-    each step."""
+def read_data(cfg: RunConfig, folder: ModelFolder, grid: Grid, screen: Console | None = None) -> Data:
+    """Rows to blocks to steps. The first rank reads and tokenises, or finds that done; every rank maps the result and
+    keeps its part of each step."""
     check_batch_sizes(cfg.train.global_batch_size, cfg.train.micro_batch_size, grid.dp_size)
     known = family(str(folder.config.get("model_type")))
     if cfg.data.packing and not (known and known.packs):
@@ -47,7 +49,11 @@ def read_data(cfg: RunConfig, folder: ModelFolder, grid: Grid) -> Data:
             "keeps packed documents apart at 1 only; set train.micro_batch_size=1 with a larger data.seq_len, or "
             "model.attention=sdpa"
         )
-    blocks, validation = on_rank_zero(lambda: blocks_of_run(cfg, folder))
+    vocab_size = folder.config.get("vocab_size")
+    tell = _bar(screen) if screen else prepared.silent
+    place, _ = first_rank_works(lambda: prepared.open_or_build(cfg, folder.path, vocab_size, tell))
+    found = on_every_rank(lambda: prepared.load(cfg, place))
+    blocks, validation = found.train, found.validation
     train = cfg.train
     plan = StepPlan(
         blocks,
@@ -62,25 +68,14 @@ def read_data(cfg: RunConfig, folder: ModelFolder, grid: Grid) -> Data:
     batches = []
     if validation is not None:
         batches = eval_batches(validation, train.micro_batch_size, grid.dp_rank, grid.dp_size, cfg.eval.max_blocks)
-    return Data(plan, blocks, batches, blocks.documents.notes())
+    return Data(plan, blocks, batches, blocks.notes(), found.fingerprint)
 
 
-def blocks_of_run(cfg: RunConfig, folder: ModelFolder) -> tuple[Blocks, Blocks | None]:
-    """Training and validation blocks of the whole run."""
-    rows = read_rows(cfg.data.train, cfg.data.max_rows)
-    held_out = None
-    if isinstance(cfg.data.validation, float):
-        rows, held_out = split(rows, cfg.data.validation, cfg.seed)
-    elif cfg.data.validation is not None:
-        held_out = read_rows(cfg.data.validation, None)
-    tokenizer = dataset.tokenizer(folder.path, cfg.model.trust_remote_code)
-    vocab_size, prefix = folder.config.get("vocab_size"), baselines.prefix_tokens(cfg)
+def _bar(screen: Console) -> prepared.Progress:
+    def tell(file: str, done: int, total: int) -> None:
+        screen.live(lambda: f"data     {bar(done, total)} {done:,} of {total:,} rows of {file} tokenised")
 
-    def blocks_of(part: Rows) -> Blocks:
-        documents = dataset.encode(part, tokenizer, cfg.data.seq_len - prefix, cfg.data.train_on, vocab_size)
-        return packing.pack(packing.with_prefix(documents, prefix), cfg.data.packing)
-
-    return blocks_of(rows), blocks_of(held_out) if held_out is not None else None
+    return tell
 
 
 def say_data(cfg: RunConfig, data: Data, grid: Grid, screen: Console) -> None:

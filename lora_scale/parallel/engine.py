@@ -6,6 +6,7 @@ per-batch means would weigh a token by the company it keeps.
 
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lora_scale.parallel import gradients, masters, tensor_parallel, vocabulary,
 from lora_scale.parallel.clock import PhaseClock
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.vocabulary import IGNORED
-from lora_scale.spec import cost
+from lora_scale.spec import cost, elsewhere
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.splits import Part, Split
@@ -73,7 +74,7 @@ def ds_config(
             "stage3_max_reuse_distance": 0,
             "leaf_module": {"classes": list(layers)},
         }
-    return {
+    ours = {
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if clips_itself(cfg) else cfg.train.max_grad_norm,
@@ -84,6 +85,31 @@ def ds_config(
         "communication_data_type": "fp32",
         "steps_per_print": 10**9,
     }
+    return _merged(ours, passed_through(cfg))
+
+
+def passed_through(cfg: RunConfig) -> dict[str, Any]:
+    """`engine.deepspeed`: what DeepSpeed is told beside what this config says."""
+    given = cfg.engine.deepspeed
+    if isinstance(given, dict):
+        return given
+    try:
+        tree = json.loads(given.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"engine.deepspeed is {given}, which cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed is {given}, which is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"engine.deepspeed is {given}, which holds no JSON object")
+    if told := elsewhere.refused(tree):
+        raise ConfigError("\n".join(f"{given}: {line}" for line in told))
+    return tree
+
+
+def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`more` over `base`, section by section."""
+    both = {name: _merged(base[name], more[name]) for name in base.keys() & more.keys() if isinstance(more[name], dict)}
+    return {**base, **more, **both}
 
 
 def clips_itself(cfg: RunConfig) -> bool:
@@ -124,7 +150,7 @@ class Engine:
         dropout: DropoutContext | None,
         splits: Mapping[str, Split],
     ):
-        self.cfg, self.grid, self.world, self.dropout = cfg, grid, grid.world, dropout
+        self.cfg, self.grid, self.world, self.dropout, self.config = cfg, grid, grid.world, dropout, config
         self._splits = tensor_parallel.factor_splits(model, splits)
         self._shared = tensor_parallel.shared_elements(model, splits, grid)
         deepspeed = importlib.import_module("deepspeed")

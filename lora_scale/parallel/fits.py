@@ -36,7 +36,10 @@ def job_of(cfg: RunConfig, folder: ModelFolder, data: Data, grid: Grid) -> Job |
 
 def has_masks(data: Data) -> bool:
     """Whether some block holds two documents, or padding."""
-    return bool((np.diff(data.blocks.starts) > 1).any() or (data.blocks.n_tokens < data.blocks.seq_len).any())
+    return any(
+        bool((np.diff(blocks.starts) > 1).any() or (blocks.n_tokens < blocks.seq_len).any())
+        for blocks in data.blocks.parts
+    )
 
 
 def target_share(data: Data) -> float:

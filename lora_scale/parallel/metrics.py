@@ -6,12 +6,15 @@ from typing import Any
 from lora_scale.parallel.engine import StepResult
 from lora_scale.parallel.setup import Job
 from lora_scale.spec import cost
+from lora_scale.storage.steps import Step
 
 
 def row(
-    number: int, result: StepResult, lr: float, tokens: int, seconds: float, job: Job, measured: dict[str, Any]
+    number: int, result: StepResult, lr: float, step: Step, seconds: float, job: Job, measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """`tokens` are the step's over all ranks, padding not counted; `measured` is `parallel.memory.measure`'s."""
+    """Tokens are the step's over all ranks, padding not counted; `sources` says where from, if there are several;
+    `measured` is `parallel.memory.measure`'s."""
+    tokens = step.tokens
     rate = tokens / seconds
     per_gpu = rate / job.world.size
     found = {
@@ -27,6 +30,8 @@ def row(
         "phase_seconds": {phase: round(value, 6) for phase, value in result.seconds.items()},
         "memory": measured,
     }
+    if len(step.sources) > 1:
+        found["sources"] = {name: {"rows": rows, "tokens": n} for name, (rows, n) in step.sources.items()}
     if job.work.peak_tflops is not None:
         found["mfu"] = round(cost.mfu(job.work.with_attention, per_gpu, job.work.peak_tflops), 4)
     return found

@@ -100,7 +100,7 @@ def state_of(cfg: RunConfig, base_fingerprint: str, data: Data, step: int, token
 
 def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
     """The base's headers, read by every rank, and its fingerprint, computed by the first."""
-    path = on_every_rank(lambda: hub.resolve(cfg.model))
+    path = on_every_rank(lambda: hub.resolve(cfg.model, only_cached=True))
     folder = on_every_rank(lambda: open_folder(path, cfg.model.trust_remote_code))
     on_every_rank(lambda: load.read_config(folder, cfg) and None)  # before the data is read
     identity = on_rank_zero(lambda: fingerprint(folder))
@@ -221,7 +221,7 @@ def count(model: nn.Module) -> Parameters:
 
 def work_of(cfg: RunConfig, folder: ModelFolder, parameters: Parameters, data: Data, world: World) -> Work:
     """The work of a token of this run's data; for a model type without a row of shapes, N is every parameter."""
-    lengths = data.blocks.documents.lengths.astype("float64")
+    lengths = data.blocks.lengths.astype("float64")
     attended = float((lengths * (lengths + 1)).sum() / 2 / lengths.sum())
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
     peak = gpus.peak_tflops(name) if cfg.precision == "bf16" else None

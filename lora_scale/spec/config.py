@@ -4,9 +4,11 @@ Reading YAML, overrides and the wording of errors are `spec.configfile`'s.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lora_scale.spec import consistency
 
 
 class Section(BaseModel):
@@ -72,23 +74,51 @@ class BaselineConfig(Section):
     """`adapter-h` and `adapter-l`: features between the two matrices of a bottleneck (the paper's r)."""
 
 
+class Source(Section):
+    """One of several sources of rows."""
+
+    path: str
+    """As `data.train`: a file, a folder of the datasets library, or a name on the hub."""
+    weight: PositiveFloat = 1.0
+    """Passes over this source in one epoch: 2 shows each row twice, 0.25 another quarter of its blocks in each."""
+    max_rows: Positive | None = None
+    """Use only the first so many rows; null: as `data.max_rows`."""
+    split: str = "train"
+    """Split of a `datasets` folder or name."""
+    subset: str | None = None
+    """Subset (configuration) of a `datasets` name."""
+    fields: dict[str, str] | None = None
+    """As `data.fields`, for this source."""
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
+
+
 class DataConfig(Section):
     """Rows, and how they become blocks of tokens."""
 
-    train: PathValue
-    """JSONL file: rows of {"prompt", "completion"}, {"messages"}, {"text"}, or {"input_ids"} with optional
-    {"labels"}."""
+    train: PathValue | Sources
+    """The training rows. A JSONL, JSON, CSV or Parquet file, a folder of the `datasets` library or a name on the hub;
+    or a list of such sources, mixed (keys below). Rows of {"prompt", "completion"}, {"messages"}, {"conversations"},
+    {"instruction", "output"}, {"text"} or {"input_ids"}."""
     validation: PathValue | float | None = None
-    """JSONL file, or a fraction of the training rows (0.02), or nothing: then no validation loss."""
+    """Another file, or a fraction of the training rows (0.02), or nothing: then no validation loss."""
+    fields: dict[str, str] = {}
+    """Other names of what a row holds, ours first: {prompt: question, completion: answer}."""
     seq_len: Positive = 1024
     """Tokens a block. A longer row is cut, counted and reported."""
     packing: bool = True
     """Put several documents into one block; attention never crosses from one to another."""
-    train_on: Literal["completion", "all"] = "completion"
-    """Which tokens carry loss: the completion (the assistant's messages), or every token. {"text"} rows always train
-    on all."""
+    train_on: Literal["completion", "last", "assistant", "all"] = "completion"
+    """Which tokens carry loss: of a prompt its completion, of a conversation all that the assistant says (the same as
+    `assistant`), only its last message (`last`), or every token (`all`). {"text"} rows always train on all."""
+    chat_template: str | None = None
+    """How a conversation is written where the model has no template of its own, or another is wanted: `chatml`,
+    `alpaca`, or the path of a Jinja file."""
     max_rows: Positive | None = None
-    """Use only the first so many training rows."""
+    """Use only the first so many training rows, of each source."""
+    cache: PathValue | None = None
+    """Folder of tokenised data, seen by every host; nothing: `prepared` beside `run_dir`."""
 
 
 class TrainConfig(Section):
@@ -138,6 +168,9 @@ class SaveConfig(Section):
     """Steps between checkpoints; 0: after the last step only."""
     keep: Positive = 2
     """How many checkpoints stay; older ones are deleted after a newer one is whole."""
+    best: Literal["val_loss"] | None = None
+    """Keep the checkpoint of the lowest validation loss too, in `checkpoints/best`; each evaluation that is the best so
+    far saves one."""
 
 
 class ParallelConfig(Section):
@@ -167,6 +200,32 @@ class MemoryConfig(Section):
     snapshot_steps: Annotated[tuple[Positive, Positive] | None, Field(strict=False)] = None
     """First and last step of which every rank records each allocation on its GPU, into `log/snapshot-000.pickle`, for
     PyTorch's memory viewer. Slows those steps."""
+
+
+class EngineConfig(Section):
+    """What goes past this config."""
+
+    deepspeed: PathValue | dict[str, Any] = {}
+    """Further keys of DeepSpeed's configuration, or the path of a JSON file with them. A key that this config owns is
+    refused by name; the whole of it, as used, is `deepspeed.json` in the run directory."""
+
+
+class EarlyStopConfig(Section):
+    """Ending a run that no longer gets better."""
+
+    patience: Positive | None = None
+    """Stop, as finished, after so many evaluations in a row without a lower validation loss; nothing: never."""
+
+
+class TrackConfig(Section):
+    """Copies of metrics.jsonl elsewhere. A tracker that fails is warned of once and stops no run."""
+
+    tensorboard: bool = False
+    """Write event files into `tensorboard/` in the run directory."""
+    wandb: str | None = None
+    """Project of Weights & Biases; without a route to its server the run is kept offline in the run directory."""
+    name: str | None = None
+    """Name of the run there; nothing: the last part of `run_dir`."""
 
 
 class RunConfig(Section):
@@ -200,55 +259,18 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     baseline: BaselineConfig = BaselineConfig()
     train: TrainConfig
+    max_hours: PositiveFloat | None = None
+    """Hours after which a job saves, stops and exits with 75, to be queued again; counted from its start. Slurm's own
+    limit is seen without this."""
     eval: EvalConfig = EvalConfig()
+    early_stop: EarlyStopConfig = EarlyStopConfig()
     save: SaveConfig = SaveConfig()
     parallel: ParallelConfig = ParallelConfig()
     memory: MemoryConfig = MemoryConfig()
+    engine: EngineConfig = EngineConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        parallel = self.parallel
-        if parallel.tensor_parallel_size > 1 and self.method != "lora":
-            raise ValueError(
-                f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and method is {self.method}, "
-                "which is sharded by ZeRO alone; set parallel.tensor_parallel_size=1"
-            )
-        if parallel.tensor_parallel_size > 1 and self.model.dropout:
-            raise ValueError(
-                f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and model.dropout is "
-                f"{self.model.dropout}: the ranks would draw different masks; set model.dropout=0"
-            )
-        if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
-            raise ValueError(
-                "parallel.sequence_parallel is true and parallel.tensor_parallel_size is 1: there is no group to share "
-                "a sequence; set one of them"
-            )
-        if parallel.sequence_parallel and self.data.seq_len % parallel.tensor_parallel_size:
-            raise ValueError(
-                f"data.seq_len is {self.data.seq_len}; with parallel.sequence_parallel it must be a multiple of "
-                f"parallel.tensor_parallel_size = {parallel.tensor_parallel_size}"
-            )
-        if parallel.base_sharding == "node" and (self.method != "lora" or parallel.zero_stage != 3):
-            raise ValueError(
-                "parallel.base_sharding is node, which is for a frozen base under ZeRO-3 (method=lora, "
-                "parallel.zero_stage=3)"
-            )
-        if self.train.epochs is None and self.train.max_steps is None:
-            raise ValueError("train.epochs or train.max_steps must be given; for example train.epochs=1")
-        if self.init_adapter is not None and self.method != "lora":
-            raise ValueError(f"init_adapter is {self.init_adapter}, but method is {self.method}; leave one out")
-        if self.train.loraplus_lr_ratio != 1.0 and self.method != "lora":
-            raise ValueError(f"train.loraplus_lr_ratio is {self.train.loraplus_lr_ratio}, but method is {self.method}")
-        if isinstance(self.data.validation, float) and not 0.0 < self.data.validation < 1.0:
-            raise ValueError(f"data.validation is {self.data.validation}; a fraction lies between 0 and 1")
-        if self.method in ("preembed", "prelayer") and self.baseline.prefix_tokens > self.data.seq_len - 2:
-            raise ValueError(
-                f"baseline.prefix_tokens is {self.baseline.prefix_tokens}; data.seq_len = {self.data.seq_len} must "
-                "leave room for at least two tokens"
-            )
-        if self.train.global_batch_size % self.train.micro_batch_size:
-            raise ValueError(
-                f"train.global_batch_size is {self.train.global_batch_size}; it must be a multiple of "
-                f"train.micro_batch_size = {self.train.micro_batch_size}"
-            )
+        consistency.check(self)
         return self

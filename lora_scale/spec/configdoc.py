@@ -4,8 +4,10 @@ A test fails when that file is stale, or when the example in it does not load.
 """
 
 import sys
+from collections.abc import Iterable
 
-from lora_scale.spec.keys import Key, keys, sections, show
+from lora_scale.spec.config import Source
+from lora_scale.spec.keys import Key, elements, keys, sections, show
 
 EXAMPLE = """\
 # lora-scale train run.yaml
@@ -69,12 +71,16 @@ def text() -> str:
     """The whole of docs/config.md."""
     top = ["## At the top level", _table("")]
     inside = [part for name, meaning in sections().items() for part in (f"## {name}", meaning, _table(name))]
-    return "\n\n".join([HEAD.rstrip(), *top, *inside]) + "\n"
+    of_source = ["## An element of data.train", (Source.__doc__ or "").strip(), _rows(elements("data.train"))]
+    return "\n\n".join([HEAD.rstrip(), *top, *inside, *of_source]) + "\n"
 
 
 def _table(section: str) -> str:
-    rows = [_row(key) for key in keys().values() if key.section == section]
-    return "\n".join(["| key | takes | default | meaning |", "|---|---|---|---|", *rows])
+    return _rows([key for key in keys().values() if key.section == section])
+
+
+def _rows(table: Iterable[Key]) -> str:
+    return "\n".join(["| key | takes | default | meaning |", "|---|---|---|---|", *map(_row, table)])
 
 
 def _row(key: Key) -> str:

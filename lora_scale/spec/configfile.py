@@ -17,7 +17,19 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
-from lora_scale.spec.keys import Key, is_suspicious, key_names, keys, missing, sections, show, unknown, wrong
+from lora_scale.spec.keys import (
+    Key,
+    inner_key,
+    inner_names,
+    is_suspicious,
+    key_names,
+    keys,
+    missing,
+    sections,
+    show,
+    unknown,
+    wrong,
+)
 
 MAX_BYTES = 1 << 20  # a config is some kilobytes; more is another file given by mistake
 YAML_PROBLEMS = {  # how the reader's message begins: what to do about it
@@ -62,14 +74,41 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def origins(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where the value of each key comes from: "default", the file's name, or the override as it was given."""
+    tree = _mapping(_parse(_read(Path(path)), str(path)), str(path))
+    found = {
+        key.name: str(path) if _at(_sorted_out(tree)[0], key) is not None else "default" for key in keys().values()
+    }
+    for override in overrides:
+        before = _sorted_out(tree)[0]
+        _override(tree, override)
+        after = _sorted_out(tree)[0]
+        found |= {key.name: override for key in keys().values() if _at(before, key) != _at(after, key)}
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors."""
+    made = RunConfig.model_json_schema()
+    made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    made["title"] = "A run of lora-scale"
+    made["properties"]["model"] = {"anyOf": [{"type": "string"}, made["properties"]["model"]]}
+    for name in sections():  # an empty section is its defaults
+        if name not in made["required"]:
+            made["properties"][name] = {"anyOf": [{"type": "null"}, made["properties"][name]]}
+    return made
+
+
 def resolved_json(config: RunConfig) -> str:
     """Every key with its value, defaults included. `load` reads it back."""
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
 def config_sha256(config: RunConfig) -> str:
-    """Hash of everything that decides a run's results: all keys but `run_dir` and `resume`."""
-    deciding = config.model_dump(mode="json", exclude={"run_dir", "resume"})
+    """Hash of everything that decides a run's results: not where it lies, how long a job may take, who looks on."""
+    aside: Any = {"run_dir": True, "resume": True, "max_hours": True, "track": True, "data": {"cache"}}
+    deciding = config.model_dump(mode="json", exclude=aside)
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -221,7 +260,7 @@ def _at(values: Mapping[str, Any], key: Key) -> Any:
 
 def _reworded(error: ValidationError, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Key and message for each of pydantic's errors; a key with several branches has several, all worded alike."""
-    for item in error.errors(include_url=False):
+    for item in sorted(error.errors(include_url=False), key=lambda item: -len(item["loc"])):  # the nearest first
         where = item["loc"]
         if not where:  # a rule between keys, worded in spec.config
             yield "", str(item.get("ctx", {})["error"])
@@ -232,12 +271,21 @@ def _reworded(error: ValidationError, values: Mapping[str, Any]) -> Iterator[tup
         if item["type"] == "missing" and len(where) == depth:
             yield key.name, missing(key)
             continue
-        element, inner = key.name, value
-        for part in where[depth:] if "[key]" not in where else ():
-            if isinstance(inner, list) and isinstance(part, int) and part < len(inner):
-                element, inner = f"{element}[{part}]", inner[part]
-            elif isinstance(inner, dict) and part in inner:
-                element, inner = f"{element}.{part}", inner[part]
-            else:  # the rest names a branch of the type, not a place in the value
-                break
-        yield key.name, wrong(key, value) if element == key.name else wrong(key, value, element, inner)
+        yield key.name, _inside(key, value, () if "[key]" in where else where[depth:], item["type"])
+
+
+def _inside(key: Key, value: Any, parts: Sequence[Any], kind: str) -> str:
+    """The message for an error of this kind somewhere in a key's value."""
+    element, inner = key.name, value
+    for number, part in enumerate(parts):
+        if isinstance(inner, dict) and (known := inner_key(key, element, str(part))):
+            return missing(known) if kind == "missing" else wrong(known, inner[part])
+        if isinstance(inner, dict) and kind == "extra_forbidden":
+            return f"unknown key {element}.{part}; keys there: {inner_names(key)}"
+        if isinstance(inner, list) and isinstance(part, int) and part < len(inner):
+            element, inner = f"{element}[{part}]", inner[part]
+        elif isinstance(inner, dict) and part in inner:
+            element, inner = f"{element}.{part}", inner[part]
+        elif number:  # the rest names a branch of the type, not a place in the value; so can the first
+            break
+    return wrong(key, value) if element == key.name else wrong(key, value, element, inner)

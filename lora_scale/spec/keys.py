@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from lora_scale.spec import elsewhere
 from lora_scale.spec.config import RunConfig, Section
 
 Limits = tuple[Any, ...]  # annotated_types' Ge, Gt, Lt, Le; whatever else stands in an annotation is ignored
@@ -38,31 +39,6 @@ NOT_A_PATH = {
     "none",
     "null",
 }  # meant as a switch, though a file may be called so
-ELSEWHERE = {  # what transformers, trl, PEFT, DeepSpeed, axolotl and LLaMA-Factory call it: what it is called here
-    **dict.fromkeys(["model_name_or_path", "base_model", "model_name"], "model.path"),
-    "attn_implementation": "model.attention",
-    **dict.fromkeys(["dataset", "datasets", "train_file"], "data.train"),
-    **dict.fromkeys(["max_seq_length", "max_length", "sequence_len", "cutoff_len"], "data.seq_len"),
-    **dict.fromkeys(["rank", "lora_r", "lora_rank"], "lora.r"),
-    "alpha": "lora.lora_alpha",
-    "lora_dropout": "lora.dropout",
-    **dict.fromkeys(["learning_rate", "max_lr", "peak_lr"], "train.lr"),
-    **dict.fromkeys(["lr_scheduler", "lr_scheduler_type", "scheduler"], "train.schedule"),
-    **dict.fromkeys(["num_train_epochs", "num_epochs"], "train.epochs"),
-    **dict.fromkeys(["steps", "total_steps", "num_steps"], "train.max_steps"),
-    "warmup_ratio": "train.warmup_steps",
-    "gradient_clipping": "train.max_grad_norm",
-    **dict.fromkeys(["gradient_accumulation_steps", "batch_size", "train_batch_size"], "train.global_batch_size"),
-    **dict.fromkeys(["per_device_train_batch_size", "train_micro_batch_size_per_gpu"], "train.micro_batch_size"),
-    **dict.fromkeys(["gradient_checkpointing", "activation_checkpointing"], "recompute"),
-    **dict.fromkeys(["bf16", "dtype", "torch_dtype"], "precision"),
-    "output_dir": "run_dir",
-    "resume_from_checkpoint": "resume",
-    "eval_steps": "eval.every",
-    "save_steps": "save.every",
-    "save_total_limit": "save.keep",
-    "stage": "parallel.zero_stage",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +100,44 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
+def _element(key: Key) -> type[Section] | None:
+    """The section that a list under this key holds."""
+    parts = [part for base, _ in key.alternatives for part in get_args(base)]
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
+
+
+def inner_key(key: Key, element: str, leaf: str) -> Key | None:
+    """The key `data.train[0].weight`, if a list under `data.train` holds such."""
+    section = _element(key)
+    if section is None or leaf not in section.model_fields:
+        return None
+    return _key(f"{element}.{leaf}", key.section, section.model_fields[leaf])
+
+
+def elements(name: str) -> list[Key]:
+    """The keys of an element of the list under a key."""
+    section = _element(keys()[name])
+    assert section is not None
+    return [_key(leaf, "", field) for leaf, field in section.model_fields.items()]
+
+
+def inner_names(key: Key) -> str:
+    """What the elements of a list under this key take."""
+    section = _element(key)
+    return ", ".join(section.model_fields) if section else ""
+
+
 def unknown(name: str) -> str:
     """The message for a key that does not exist, with the one that was probably meant."""
     section, _, leaf = name.rpartition(".")
     name = name if name.isprintable() and len(name) <= 80 else show(name)
-    meant = [ELSEWHERE[leaf]] if leaf in ELSEWHERE else [key.name for key in keys().values() if key.leaf == leaf]
+    meant = [key.name for key in keys().values() if key.leaf == leaf]
+    if not meant and (rows := elsewhere.found(leaf) or elsewhere.found(section)):
+        ours = list(dict.fromkeys(row.ours for row in rows if row.ours))
+        how = "; ".join(dict.fromkeys(row.how for row in rows if row.how and (row.ours or not ours)))
+        if ours:
+            return f"unknown key {name}; did you mean {' or '.join(ours)}?{f' ({how})' if how else ''}"
+        return f"unknown key {name}; leave it out: {how}"
     if not meant:
         here = {key.leaf: key.name for key in keys().values() if key.section == section}
         anywhere = {key.leaf: key.name for key in keys().values()}
@@ -175,7 +184,7 @@ def _hint(key: Key, value: Any) -> str:
         return ", without quotes"
     if isinstance(value, str) and len(value) > 80:
         return ""
-    if isinstance(value, str) and key.accepts(tuple):
+    if isinstance(value, str) and key.accepts(tuple) and not key.accepts(Path):
         return f"; for one write [{value}]"
     if isinstance(value, str) and value.strip() and key.accepts(Path, str):
         return "; for nothing write null" if key.accepts(NoneType) else f"; a file of that name is ./{value}"
@@ -231,8 +240,12 @@ def _alternatives(annotation: Any, limits: Limits) -> Iterator[tuple[Any, Limits
 
 
 def _in_words(base: Any, limits: Limits) -> str:
+    if isinstance(base, type) and issubclass(base, Section):
+        return f"a mapping of {', '.join(base.model_fields)}"
     inner = [next(_alternatives(part, ())) for part in get_args(base) if part is not Ellipsis]
     if get_origin(base) is dict:
+        if inner[1][0] in (str, Any):  # names of fields, keys of other programs: no patterns
+            return "a mapping"
         return f"a mapping from patterns to {_plural(_in_words(*inner[1]))}"
     if get_origin(base) is tuple:
         count = "" if get_args(base)[-1] is Ellipsis else f"{len(inner)} "
@@ -247,7 +260,8 @@ def _in_words(base: Any, limits: Limits) -> str:
 
 
 def _plural(words: str) -> str:
-    return words.removeprefix("a ").replace("number", "numbers").replace("string", "strings")
+    words = words.removeprefix("a ").replace("number", "numbers").replace("string", "strings")
+    return words.replace("mapping of", "mappings of", 1)
 
 
 def _either(words: list[str]) -> str:

@@ -5,12 +5,15 @@ Knows names, state.json's step and that safetensors headers must fit their files
 """
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
-from lora_scale.spec.errors import ModelError
+from lora_scale.spec.errors import DoesNotFitError, ModelError
 from lora_scale.storage import durable, weights
 
+BEST = "best"  # a link to one of them
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -69,10 +72,30 @@ def set_aside_damaged(folder: Path) -> list[tuple[Path, str]]:
     return moved
 
 
+def mark_best(folder: Path, step: int) -> None:
+    """Makes `best` a link to the checkpoint of that step."""
+    link = folder / f".best.{os.getpid()}"
+    os.symlink(name(step), link)
+    os.replace(link, folder / BEST)
+
+
+def check_space(folder: Path, each: int, count: int) -> None:
+    """A DoesNotFitError where the disk has no room for so many checkpoints of so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < each * count:
+        raise DoesNotFitError(
+            f"run_dir is {folder}, with {free / 1e9:,.1f} GB free; {count} checkpoints (save.keep + 1) of "
+            f"{each / 1e9:,.2f} GB need {each * count / 1e9:,.1f} GB; free some, lower save.keep, or set another "
+            "run_dir"
+        )
+
+
 def prune(folder: Path, keep: int) -> list[Path]:
-    """Deletes all whole checkpoints but the newest `keep`, and returns them. Damaged ones are left to people."""
+    """Deletes all whole checkpoints but the newest `keep` and the best, and returns them. Damaged ones are left to
+    people."""
     assert keep >= 1
-    old = [path for _, path in list_checkpoints(folder)[:-keep]]
+    best = (folder / BEST).resolve()
+    old = [path for _, path in list_checkpoints(folder)[:-keep] if path.resolve() != best]
     for path in old:
         durable.remove_directory(path)
     return old

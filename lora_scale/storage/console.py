@@ -29,8 +29,8 @@ class Console:
     A screen that goes away (a closed terminal, `| head`) does not end the run.
     """
 
-    def __init__(self, rank: int):
-        self.rank = rank
+    def __init__(self, rank: int, verbosity: int = 0):
+        self.rank, self.verbosity = rank, verbosity  # -1: errors only; 1: every step; 2: libraries too
         self._screen: TextIO = os.fdopen(os.dup(1), "w", buffering=1, errors="replace")
         self._live = False
         self._last_plain = time.monotonic()
@@ -48,6 +48,8 @@ class Console:
 
     def redirect(self, log: Path) -> None:
         """Send this process's stdout and stderr, also those of libraries, to `log` (appended)."""
+        if self.verbosity >= 2:
+            return
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,7 +62,7 @@ class Console:
         """A line that stays, from the first rank; every rank's log has it too."""
         if self._in_log:
             print(text, flush=True)
-        if self.rank == 0:
+        if self.rank == 0 and self.verbosity >= 0:
             self._write(self._cleared() + text + "\n")
 
     def clear(self) -> None:
@@ -69,14 +71,14 @@ class Console:
 
     def live(self, text: Callable[[], str], force: bool = False) -> None:
         """The one line that is overwritten; without a terminal, a plain line every 30 s (or when forced)."""
-        if self.rank != 0:
+        if self.rank != 0 or self.verbosity < 0:
             return
-        if self.is_terminal:
+        if self.is_terminal and self.verbosity == 0:
             if force or not self._live or time.monotonic() - self._last_drawn >= REDRAW:
                 width = self._width()
                 self._write("\r" + text()[:width].ljust(width))
                 self._live, self._last_drawn = True, time.monotonic()
-        elif force or time.monotonic() - self._last_plain >= PLAIN_EVERY:
+        elif force or self.verbosity or time.monotonic() - self._last_plain >= PLAIN_EVERY:
             self._write(text() + "\n")
             self._last_plain = time.monotonic()
 

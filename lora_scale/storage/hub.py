@@ -25,7 +25,15 @@ def commit_of(path: Path) -> str | None:
     return match[1] if match else None
 
 
-def resolve(model: ModelConfig) -> Path:
+def stay_offline() -> None:
+    """From here on this process asks no hub, also not from inside libraries: hundreds of ranks would."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+
+
+def resolve(model: ModelConfig, only_cached: bool = False) -> Path:
     """The folder of `model.path`; a name on the hub is downloaded, or taken from the hub's cache (once a machine)."""
     path = Path(model.path).expanduser()
     if path.exists():
@@ -42,6 +50,7 @@ def resolve(model: ModelConfig) -> Path:
             revision=model.revision,
             allow_patterns=[*PATTERNS, *(["*.py"] if model.trust_remote_code else [])],
             ignore_patterns=list(OTHER_FORMS),
+            local_files_only=only_cached,
         )
     except errors.GatedRepoError as error:
         raise ModelError(f"{name}, and gated on the hub; ask for access on its page, then `hf auth login`") from error
@@ -50,6 +59,9 @@ def resolve(model: ModelConfig) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"{name}, and the hub has no such model, or only a private one (`hf auth login`)") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if only_cached:
+            way_out = "`lora-scale prepare` with the same config fetches it; training itself uses no network"
+            raise ModelError(f"{name}{at}; the hub's cache does not hold it here: {way_out}") from error
         why = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "unreachable"
         raise ModelError(f"{name}{at}; the hub is {why} and its cache does not hold it: download it first") from error
     except errors.HFValidationError as error:

@@ -73,26 +73,20 @@ class Blocks:
         """The lines, in the file, of the documents of a block."""
         return self.documents.lines[self.order[self.starts[block] : self.starts[block + 1]]]
 
+    def n_rows_of(self, block: int) -> int:
+        """How many documents a block holds."""
+        return int(self.starts[block + 1] - self.starts[block])
+
     def get(self, block: int) -> Batch:
         """One block; EMPTY gives padding only."""
         return self.batch([block])
 
     def batch(self, blocks: Sequence[int] | np.ndarray) -> Batch:
         """Blocks by number, side by side."""
-        shape = (len(blocks), self.seq_len)
-        batch = Batch(
-            input_ids=np.full(shape, self.documents.pad_id, dtype=np.int64),
-            labels=np.full(shape, NO_LOSS, dtype=np.int64),
-            position_ids=np.empty(shape, dtype=np.int64),
-            sample_ids=np.full(shape, -1, dtype=np.int64),
-        )
-        for row, block in enumerate(blocks):
-            length = 0 if block == EMPTY else self._fill(batch, row, int(block))
-            batch.position_ids[row, length:] = np.arange(self.seq_len - length)
-        return batch
+        return combined([(self, int(block), 0) for block in blocks])
 
-    def _fill(self, batch: Batch, row: int, block: int) -> int:
-        """Write the documents of a block; returns how many tokens they have."""
+    def fill(self, batch: Batch, row: int, block: int, first_sample: int) -> int:
+        """Write the documents of a block into a row of padding; returns how many tokens they have."""
         documents = self.order[self.starts[block] : self.starts[block + 1]]
         first = self.documents.offsets[documents]
         lengths = self.documents.offsets[documents + 1] - first
@@ -104,7 +98,7 @@ class Blocks:
         # A document's first token is never trained, so no label crosses from one document into the next.
         batch.labels[row, : length - 1] = np.where(self.documents.trained[source[1:]], ids[1:], NO_LOSS)
         batch.position_ids[row, :length] = position
-        batch.sample_ids[row, :length] = np.repeat(documents, lengths)
+        batch.sample_ids[row, :length] = np.repeat(documents + first_sample, lengths)
         return length
 
     def fingerprint(self) -> str:
@@ -114,6 +108,22 @@ class Blocks:
         for numbers in (documents.ids, documents.trained, documents.offsets, self.order, self.starts):
             digest.update(np.ascontiguousarray(numbers).data.cast("B"))
         return f"sha256:{digest.hexdigest()}"
+
+
+def combined(blocks: Sequence[tuple[Blocks, int, int]]) -> Batch:
+    """(where from, block, number of its first sample) side by side; EMPTY gives padding only."""
+    documents = blocks[0][0].documents
+    shape = (len(blocks), documents.seq_len)
+    batch = Batch(
+        input_ids=np.full(shape, documents.pad_id, dtype=np.int64),
+        labels=np.full(shape, NO_LOSS, dtype=np.int64),
+        position_ids=np.empty(shape, dtype=np.int64),
+        sample_ids=np.full(shape, -1, dtype=np.int64),
+    )
+    for row, (source, block, first_sample) in enumerate(blocks):
+        length = 0 if block == EMPTY else source.fill(batch, row, block, first_sample)
+        batch.position_ids[row, length:] = np.arange(documents.seq_len - length)
+    return batch
 
 
 def with_prefix(documents: Documents, tokens: int) -> Documents:

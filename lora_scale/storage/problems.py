@@ -16,13 +16,14 @@ class Problems:
     """Rows of one file that cannot be used: the first few in words, the others counted."""
 
     path: Path
+    unit: str = "line"
     listed: list[str] = field(default_factory=list)
     count: int = 0
 
     def add(self, line: int, what: str) -> None:
         self.count += 1
         if self.count <= MAX_LISTED:
-            self.listed.append(f"line {line}: {what}")
+            self.listed.append(f"{self.unit} {line}: {what}")
 
     def raise_if_any(self) -> None:
         if self.count == 1:
@@ -36,8 +37,8 @@ class BadRowError(Exception):
     """What is wrong with one row, and the way out; the reader adds file and line."""
 
 
-def name_lines(lines: Sequence[int] | np.ndarray) -> str:
+def name_lines(lines: Sequence[int] | np.ndarray, unit: str = "line") -> str:
     """ "lines 3, 8, 11 and 4 more"; for notes and error messages."""
-    word = "line" if len(lines) == 1 else "lines"
+    word = unit if len(lines) == 1 else f"{unit}s"
     more = f" and {len(lines) - MAX_LISTED:,} more" if len(lines) > MAX_LISTED else ""
     return f"{word} {', '.join(str(int(line)) for line in lines[:MAX_LISTED])}{more}"

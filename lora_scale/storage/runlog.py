@@ -3,19 +3,16 @@
 Knows the tree and the two formats, one JSON object a line (metrics) and one JSON object (manifest), but not what a
 figure means; that is the writer's and `commands.report`'s. Checkpoints are `parallel.checkpoint`'s. No torch.
 
-    <run>/  manifest.json   config.yaml   config.resolved.json   metrics.jsonl   checkpoints/
+    <run>/  manifest.json   config.yaml   config.resolved.json   deepspeed.json   metrics.jsonl   checkpoints/
             log/rank-000.txt   log/memory-000.jsonl   one of each a rank
 """
 
-import fcntl
 import json
 import math
 import os
-import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from lora_scale.spec.errors import CheckpointError, UsageError
 from lora_scale.storage.durable import write_text_atomically
@@ -25,8 +22,7 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 RESOLVED = "config.resolved.json"
 CHECKPOINTS = "checkpoints"
-LOCK = ".lock"
-LOCK_PATIENCE = 10.0  # seconds in which a killed predecessor may still be dying
+DEEPSPEED = "deepspeed.json"
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -39,32 +35,6 @@ def log_path(run_dir: Path, rank: int) -> Path:
 def memory_path(run_dir: Path, rank: int) -> Path:
     """The rows of one rank's memory, one a step."""
     return run_dir / "log" / f"memory-{rank:03d}.jsonl"
-
-
-def lock(run_dir: Path) -> IO[str]:
-    """Hold the run directory while the returned file is open: two runs that write into one would spoil both.
-
-    The kernel lets go when the process ends, however it ends. A file system without locks is taken as it is.
-    """
-    file = (run_dir / LOCK).open("a+", encoding="utf-8")
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                holder = file.read() or "another process"
-                file.close()
-                raise UsageError(f"{run_dir} is in use by {holder}; wait for its end, or set another run_dir") from None
-            time.sleep(0.2)
-        except OSError:
-            break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
 
 
 class RunLog:
@@ -112,9 +82,18 @@ class RunLog:
         self._metrics.seek(self._start)
         self._write_row()
 
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """The last row, as it stands."""
+        return self._row
+
     def _write_row(self) -> None:
         self._metrics.write(_line(self._row).encode())
         self._metrics.flush()
+
+    def write_deepspeed(self, config: Mapping[str, Any]) -> None:
+        """DeepSpeed's whole configuration as it was used."""
+        write_text_atomically(self.run_dir / DEEPSPEED, _pretty(config))
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replaces the manifest."""

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from lora_scale.spec.errors import ConfigError
-from lora_scale.storage.packing import EMPTY, Batch, Blocks
-from lora_scale.storage.problems import name_lines
+from lora_scale.storage.mixture import Mixture
+from lora_scale.storage.packing import EMPTY, Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,26 +24,22 @@ class Step:
     micro_batches: tuple[Batch, ...]
     target_tokens: int  # with loss, over all ranks; at least 1
     tokens: int  # without padding, over all ranks
-    path: Path
-    lines: np.ndarray  # of this rank's rows, in `path`
-
-    @property
-    def names(self) -> str:
-        """This rank's rows, for an error message."""
-        return f"{self.path}, {name_lines(self.lines)}" if len(self.lines) else "padding only"
+    names: str  # this rank's rows, for an error message
+    sources: dict[str, tuple[int, int]]  # (rows, tokens) of each source, over all ranks
 
 
 class StepPlan:
     """The order of training. The blocks of a step do not depend on the number of ranks, nor on the micro-batch size.
 
-    Epoch e is a permutation drawn from (seed, e). The epochs follow each other without a gap, and step s takes the
-    blocks [s G, (s + 1) G) of that stream, G being the global batch size. Only the very last step can be short of
-    blocks: empty ones fill it up. So every step holds at least one block, and with it at least one token with loss.
+    Epoch e is a permutation drawn from (seed, e): of every block once, or as often as the sources' weights say. The
+    epochs follow each other without a gap, and step s takes the blocks [s G, (s + 1) G) of that stream, G being the
+    global batch size. Only the very last step can be short of blocks: empty ones fill it up. So every step holds at
+    least one block, and with it at least one token with loss.
     """
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: Mixture,
         global_batch_size: int,
         micro_batch_size: int,
         dp_rank: int,
@@ -61,12 +56,11 @@ class StepPlan:
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        self._seed = seed
         # str: 0.1 is a tenth, as the user wrote it. None: as many blocks as max_steps asks for.
-        self._n_stream = None if epochs is None else math.ceil(Fraction(str(epochs)) * len(blocks))
+        self._n_stream = None if epochs is None else math.ceil(Fraction(str(epochs)) * blocks.blocks_an_epoch)
         of_epochs = math.inf if self._n_stream is None else math.ceil(self._n_stream / global_batch_size)
         self.total_steps = int(min(of_epochs, max_steps or math.inf))
-        self._permutation = lru_cache(maxsize=2)(self._draw)  # a step can touch two epochs
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: blocks.epoch(epoch, seed))  # a step can touch two epochs
 
     def steps(self, first_step: int = 0) -> Iterator[Step]:
         """The steps from `first_step` (from 0) to the last."""
@@ -79,33 +73,27 @@ class StepPlan:
         real = numbers[numbers != EMPTY]
         # (micro-batch, rank, block): ranks take turns, so the filler of the last step is shared out.
         own = numbers.reshape(-1, self._dp_size, self._micro_batch_size)[:, self._dp_rank]
-        lines = [self._blocks.lines_of(block) for block in own.ravel() if block != EMPTY]
         return Step(
             micro_batches=tuple(self._blocks.batch(row) for row in own),
             target_tokens=int(self._blocks.n_targets[real].sum()),
             tokens=int(self._blocks.n_tokens[real].sum()),
-            path=self._blocks.documents.path,
-            lines=np.sort(np.concatenate(lines)) if lines else np.empty(0, dtype=np.int64),
+            names=self._blocks.names(own.ravel()),
+            sources=self._blocks.seen(real),
         )
 
     def blocks_of(self, step: int) -> np.ndarray:
         """The global batch of a step, as block numbers; EMPTY past the end of the last epoch."""
         assert 0 <= step < self.total_steps
-        n = len(self._blocks)
         at = np.arange(step * self._global_batch_size, (step + 1) * self._global_batch_size)
-        numbers = np.empty(len(at), dtype=np.int64)
-        for epoch in range(int(at[0]) // n, int(at[-1]) // n + 1):
-            inside = at // n == epoch
-            numbers[inside] = self._permutation(epoch)[at[inside] % n]
+        numbers = np.full(len(at), EMPTY, dtype=np.int64)
+        epoch = self._blocks.epoch_of(int(at[0]))
+        while (first := self._blocks.first_of_epoch(epoch)) <= at[-1]:
+            inside = (at >= first) & (at < self._blocks.first_of_epoch(epoch + 1))
+            numbers[inside] = self._epoch(epoch)[at[inside] - first]
+            epoch += 1
         if self._n_stream is not None:
             numbers[at >= self._n_stream] = EMPTY
         return numbers
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        # Sorting raw words, not Generator.permutation: numpy keeps raw streams the same for ever, but may
-        # improve its shuffles, and a resumed run must see the old order.
-        words = np.random.Philox(np.random.SeedSequence([self._seed, epoch])).random_raw(len(self._blocks))
-        return np.argsort(words, kind="stable")
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
@@ -124,7 +112,7 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, dp_size: in
 
 
 def eval_batches(
-    blocks: Blocks, micro_batch_size: int, dp_rank: int, dp_size: int, max_blocks: int | None = None
+    blocks: Mixture, micro_batch_size: int, dp_rank: int, dp_size: int, max_blocks: int | None = None
 ) -> list[Batch]:
     """This rank's part of the validation blocks; as many batches on every rank, filled up with empty blocks.
 

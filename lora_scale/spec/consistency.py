@@ -1,0 +1,70 @@
+"""What keys of a run must not say together, each as one sentence with the way out. Values by themselves are
+`spec.config`'s."""
+
+from typing import TYPE_CHECKING
+
+from lora_scale.spec.elsewhere import refused
+
+if TYPE_CHECKING:
+    from lora_scale.spec.config import RunConfig
+
+
+def check(cfg: "RunConfig") -> None:
+    """ValueError for the first contradiction."""
+    _check_run(cfg)
+    _check_parallel(cfg)
+
+
+def _check_run(cfg: "RunConfig") -> None:
+    if cfg.train.epochs is None and cfg.train.max_steps is None:
+        raise ValueError("train.epochs or train.max_steps must be given; for example train.epochs=1")
+    if cfg.init_adapter is not None and cfg.method != "lora":
+        raise ValueError(f"init_adapter is {cfg.init_adapter}, but method is {cfg.method}; leave one out")
+    if cfg.train.loraplus_lr_ratio != 1.0 and cfg.method != "lora":
+        raise ValueError(f"train.loraplus_lr_ratio is {cfg.train.loraplus_lr_ratio}, but method is {cfg.method}")
+    if isinstance(cfg.data.validation, float) and not 0.0 < cfg.data.validation < 1.0:
+        raise ValueError(f"data.validation is {cfg.data.validation}; a fraction lies between 0 and 1")
+    if cfg.method in ("preembed", "prelayer") and cfg.baseline.prefix_tokens > cfg.data.seq_len - 2:
+        raise ValueError(
+            f"baseline.prefix_tokens is {cfg.baseline.prefix_tokens}; data.seq_len = {cfg.data.seq_len} must "
+            "leave room for at least two tokens"
+        )
+    if cfg.train.global_batch_size % cfg.train.micro_batch_size:
+        raise ValueError(
+            f"train.global_batch_size is {cfg.train.global_batch_size}; it must be a multiple of "
+            f"train.micro_batch_size = {cfg.train.micro_batch_size}"
+        )
+    if isinstance(cfg.engine.deepspeed, dict) and (told := refused(cfg.engine.deepspeed)):
+        raise ValueError("\n".join(told))
+    if cfg.data.validation is None and (cfg.save.best or cfg.early_stop.patience):
+        key = "save.best" if cfg.save.best else "early_stop.patience"
+        raise ValueError(f"{key} needs a validation loss; set data.validation, for example to 0.02")
+
+
+def _check_parallel(cfg: "RunConfig") -> None:
+    parallel = cfg.parallel
+    if parallel.tensor_parallel_size > 1 and cfg.method != "lora":
+        raise ValueError(
+            f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and method is {cfg.method}, "
+            "which is sharded by ZeRO alone; set parallel.tensor_parallel_size=1"
+        )
+    if parallel.tensor_parallel_size > 1 and cfg.model.dropout:
+        raise ValueError(
+            f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and model.dropout is "
+            f"{cfg.model.dropout}: the ranks would draw different masks; set model.dropout=0"
+        )
+    if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
+        raise ValueError(
+            "parallel.sequence_parallel is true and parallel.tensor_parallel_size is 1: there is no group to share "
+            "a sequence; set one of them"
+        )
+    if parallel.sequence_parallel and cfg.data.seq_len % parallel.tensor_parallel_size:
+        raise ValueError(
+            f"data.seq_len is {cfg.data.seq_len}; with parallel.sequence_parallel it must be a multiple of "
+            f"parallel.tensor_parallel_size = {parallel.tensor_parallel_size}"
+        )
+    if parallel.base_sharding == "node" and (cfg.method != "lora" or parallel.zero_stage != 3):
+        raise ValueError(
+            "parallel.base_sharding is node, which is for a frozen base under ZeRO-3 (method=lora, "
+            "parallel.zero_stage=3)"
+        )
