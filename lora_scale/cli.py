@@ -17,6 +17,7 @@ from lora_scale.spec.errors import LoraScaleError
 VERBS = {
     "plan": "Say what a run needs on each GPU, before it is queued.",
     "train": "Train the run that a config describes, or resume it.",
+    "launch": "Train on several hosts, watched and restarted.",
     "export": "Write a checkpoint's adapter in PEFT form.",
     "report": "Turn a run directory into a Markdown page.",
     "doctor": "Look for what would hurt a run on this machine.",

@@ -15,8 +15,10 @@ from typing import Any
 import click
 import torch
 
-from lora_scale.parallel import checkpoint, guards, local, metrics, setup, world
+from lora_scale.parallel import checkpoint, guards, local, metrics, mpi, setup, world
 from lora_scale.parallel import data as run_data
+from lora_scale.parallel.pace import Pace
+from lora_scale.parallel.pulse import Pulse
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, cost
@@ -81,30 +83,37 @@ def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path) -> int
     screen = Console(rank)
     screen.redirect(log)
     faulthandler.enable()
-    with StopRequest(screen, lambda: console.is_claimed(cfg.run_dir, token)) as stop:
+    with (
+        StopRequest(screen, lambda: console.is_claimed(cfg.run_dir, token)) as stop,
+        Pulse(rank, screen, log, cfg.parallel.hang_seconds) as pulse,
+    ):
         try:
             here = world.start(here, cfg.parallel.timeout_minutes)
             token = on_rank_zero(lambda: token)  # one for all hosts
-            run(cfg, config, here, screen, stop, token)
+            pulse.phase = "set-up"
+            run(cfg, config, here, screen, stop, pulse, token)
+            pulse.end(0)
         except LoraScaleError as error:
             stop.over()
             code = error.exit_code
             traceback.print_exc()
-            _tell_once(screen, _told(error, log), cfg.run_dir, token)
+            _tell_once(screen, pulse, code, _told(error, log), cfg.run_dir, token)
         except BaseException as error:
             stop.over()
             code, text = _fault(error, rank)
             traceback.print_exc()
-            _tell_once(screen, f"lora-scale: error: {text}\n  log: {log}", cfg.run_dir, token)
+            _tell_once(screen, pulse, code, f"lora-scale: error: {text}\n  log: {log}", cfg.run_dir, token)
             sys.stdout.flush()
+            mpi.end_all(code)
             os._exit(code)  # the others are in a collective: there is no orderly way out, and they must not wait for us
         world.stop()
     return code
 
 
-def _tell_once(screen: Console, text: str, run_dir: Path, token: str) -> None:
+def _tell_once(screen: Console, pulse: Pulse, code: int, text: str, run_dir: Path, token: str) -> None:
     screen.clear()
-    if console.claim(run_dir, token):
+    supervised = pulse.end(code, text)
+    if console.claim(run_dir, token) and not supervised:
         screen.error(text)
 
 
@@ -126,7 +135,9 @@ def _fault(error: BaseException, rank: int) -> tuple[int, str]:
             return 1, f"rank {rank} failed: {type(error).__name__}: {first}"
 
 
-def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str) -> None:
+def run(
+    cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, pulse: Pulse, token: str
+) -> None:
     """One rank's whole run."""
     kept: list[Any] = []  # what stays with the first rank: the lock and the log
     on_rank_zero(lambda: kept.append(_enter(cfg.run_dir, token)))
@@ -134,7 +145,7 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
     resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
     data = run_data.read_data(cfg, folder, here)
     run_data.say_data(cfg, data, here, screen)
-    saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
+    saved = on_rank_zero(lambda: _read_state(cfg, identity, data, resume)) if resume else None
     if saved and saved.step >= data.plan.total_steps:
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
@@ -149,13 +160,15 @@ def run(cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRe
     step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
     on_rank_zero(lambda: kept.append(_open_log(job, config, step)))
     with contextlib.ExitStack() as stack:
-        _loop(job, stack.enter_context(kept[-1]) if kept else None, screen, stop, step, tokens_seen)
+        _loop(job, stack.enter_context(kept[-1]) if kept else None, screen, stop, pulse, step, tokens_seen)
 
 
-def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, first: int, tokens_seen: int) -> None:
+def _loop(
+    job: Job, log: RunLog | None, screen: Console, stop: StopRequest, pulse: Pulse, first: int, tokens_seen: int
+) -> None:
     """The steps from `first` (finished ones are not repeated) to the last."""
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
-    learning, val_loss = guards.LearningGuard(engine.ds), None
+    learning, pace, val_loss = guards.LearningGuard(engine.ds), Pace(job.world.device), None
     if data.validation and first == 0:
         val_loss = engine.evaluate(data.validation)
         screen.line(f"before   val_loss {val_loss:.4f}")
@@ -167,11 +180,16 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
     for number, step in enumerate(data.plan.steps(first), start=first):
         begin, done = time.perf_counter(), number + 1
         lr = learning_rate(number, total, cfg.train)
-        result = engine.train_step(step, number, lr, lambda: stop.asked)
-        guards.check_finite(done, result, step.names)
-        learning.after_step(done, lr, step.target_tokens)
+        with pulse.step(done):
+            result = engine.train_step(step, number, lr, lambda: stop.asked)
+            guards.check_finite(done, result, step.names)
+            learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens
         row = metrics.row(done, result, lr, step.tokens, time.perf_counter() - begin, job)
+        figures, slow = pace.measure(done)
+        row |= figures
+        for text in slow:
+            screen.line(text)
         if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
             row["val_loss"] = val_loss = engine.evaluate(data.validation)
         saves = done == total or result.stop or bool(cfg.save.every and done % cfg.save.every == 0)
@@ -190,6 +208,7 @@ def _loop(job: Job, log: RunLog | None, screen: Console, stop: StopRequest, firs
         raise InterruptedRunError(
             f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there"
         )
+    on_rank_zero(lambda: runlog.mark_finished(job.cfg.run_dir, {"steps": total, "ranks": job.world.size}))
     end = f"; val_loss {val_loss:.4f}" if val_loss is not None else ""
     screen.line(f"finished {total} steps in {time.perf_counter() - started:.0f} s{end}")
 
@@ -274,6 +293,7 @@ def _save(job: Job, step: int, tokens_seen: int) -> tuple[Path, float]:
 
 def _open_log(job: Job, config: Path, step: int) -> RunLog:
     """The run directory's records, with the manifest written; for the first rank."""
+    runlog.unmark_finished(job.cfg.run_dir)
     log = RunLog(
         job.cfg.run_dir,
         config_text=config.read_text(encoding="utf-8"),

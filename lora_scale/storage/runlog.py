@@ -4,6 +4,7 @@ Knows the tree and the two formats, one JSON object a line (metrics) and one JSO
 figure means; that is the writer's and `commands.report`'s. Checkpoints are `parallel.checkpoint`'s. No torch.
 
     <run>/  manifest.json   config.yaml   config.resolved.json   metrics.jsonl   log/rank-000.txt   checkpoints/
+           finished.json (once it is)
 """
 
 import fcntl
@@ -24,6 +25,7 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 RESOLVED = "config.resolved.json"
 CHECKPOINTS = "checkpoints"
+FINISHED = "finished.json"
 LOCK = ".lock"
 LOCK_PATIENCE = 10.0  # seconds in which a killed predecessor may still be dying
 
@@ -59,6 +61,16 @@ def lock(run_dir: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def mark_finished(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Say on disk that the run came to its last step: some launchers end with 0 although a rank failed."""
+    write_text_atomically(run_dir / FINISHED, _pretty(facts))
+
+
+def unmark_finished(run_dir: Path) -> None:
+    """Take the mark away: the run goes on."""
+    (run_dir / FINISHED).unlink(missing_ok=True)
 
 
 class RunLog:
