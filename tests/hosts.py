@@ -84,7 +84,13 @@ class Host:
             "ip link set eth0 up",
             f"exec {SSHD} -D -E {shlex.quote(str(self.folder / 'sshd.log'))}",
         ]
-        self.process, self.pid = _spawn(*SPACES, "sh", "-c", "; ".join(boot))
+        self._boot = "; ".join(boot)
+        self.boot()
+
+    def boot(self) -> None:
+        """Switch it on, for the first time or again."""
+        cluster, index = self.cluster, self.index
+        self.process, self.pid = _spawn(*SPACES, "sh", "-c", self._boot)
         cluster.ip_link("add", f"v{index}", "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
         cluster.ip_link("set", f"v{index}", "master", "br0", "up")
 

@@ -16,7 +16,8 @@ from lora_scale.commands import crosscheck
 from lora_scale.commands.options import EXIT_CODES
 from lora_scale.parallel import hostcheck, launchers, pulse, starters
 from lora_scale.parallel.starters import LAUNCHERS, Start
-from lora_scale.parallel.supervise import Outcome, Supervisor
+from lora_scale.parallel.supervise import Supervisor
+from lora_scale.parallel.verdict import Outcome
 from lora_scale.spec import configfile
 from lora_scale.spec import hosts as host_list
 from lora_scale.spec.errors import FindingError, UsageError

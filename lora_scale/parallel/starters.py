@@ -163,6 +163,7 @@ def openmpi(start: Start) -> list[Command]:
     hostfile = start.scratch / "hosts"
     hostfile.write_text("".join(f"{host.name} slots={host.slots}\n" for host in start.hosts))
     env = {**start.env, "MASTER_ADDR": start.master, "MASTER_PORT": str(start.port)}
+    env["TERM"] = "dumb"  # it gives its processes a pseudo-terminal, on which a live line would be drawn
     names = [word for name in env for word in ("-x", name)]
     alive = {"OMPI_MCA_oob_tcp_keepalive_time": "5", "OMPI_MCA_oob_tcp_keepalive_intvl": "2"}
     alive |= {"OMPI_MCA_oob_tcp_keepalive_probes": "3", "OMPI_MCA_plm_rsh_args": SSH_OPTIONS}

@@ -15,15 +15,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from lora_scale.parallel import pulse, starters
+from lora_scale.parallel import pulse, starters, verdict
 from lora_scale.parallel.starters import Command
+from lora_scale.parallel.verdict import CONSEQUENCE, Ended, Facts, Outcome, RankSeen, Swept
 from lora_scale.spec import hosts as host_list
 from lora_scale.spec.hosts import Host
 
@@ -34,10 +34,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _FROM_PDSH = re.compile(r"^(?P<host>[\w.@-]+): (?P<rest>.*)$")
 _LOST_HOST = re.compile(r"^pdsh@\S+?: (?P<host>\S+?): (?:ssh|rcmd).* exit(?:ed with exit)? code (?P<code>\d+)")
 _CHATTER = re.compile(r"^\[\d{4}-\d\d-\d\d|^pdsh@|^srun: |^slurmstepd|^-{10,}$|^\*{10,}$|^[EWI]\d{4} ")
-# A rank that lost its connection to another says so: that is what followed, not what came first.
-_CONSEQUENCE = re.compile(
-    r"gloo|nccl|connection (reset|closed|refused)|broken pipe|DistBackend|DistNetwork|timed out", re.I
-)
 
 SWEEP = r"""
 token=$1; action=$2
@@ -56,38 +52,6 @@ n=0
 while [ -n "$(mine)" ] && [ $n -lt 50 ]; do kill -KILL $(mine) 2>/dev/null; sleep 0.1; n=$((n + 1)); done
 echo "left $(mine | wc -l)"
 """
-
-
-@dataclass
-class RankSeen:
-    """What has been heard of a rank."""
-
-    host: str
-    at: float
-    step: int = 0
-    phase: str = ""
-    code: int | None = None  # with its last words
-    text: str = ""
-    hung: str = ""  # where
-
-
-@dataclass(frozen=True)
-class Swept:
-    """What a sweep found on a host: state of each rank by the kernel's letter, and processes that outlived it."""
-
-    reachable: bool
-    states: dict[int, str] = field(default_factory=dict)
-    left: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended. `again`: whether the same command may go better."""
-
-    code: int
-    line: str
-    again: bool
-    seconds: float = 0.0  # from the first sign of trouble to an end on all hosts
 
 
 class Supervisor:
@@ -129,11 +93,13 @@ class Supervisor:
             finally:
                 began = time.monotonic()
                 swept = self._end_all()
-        outcome = self._judge(swept, trouble)
+        ends = [Ended(c.host, p.returncode, self._last.get(n, "")) for n, (c, p) in enumerate(self._pairs())]
+        facts = Facts(self._hosts, self._mine, self._ranks, swept, ends, self._lost, self._stops, trouble is not None)
+        outcome = verdict.judge(facts)
         took = time.monotonic() - (trouble or began)
         left = {name: found.left for name, found in swept.items() if found.left}
         line = outcome.line + "".join(f"; {count} processes are left on {name}" for name, count in left.items())
-        return Outcome(outcome.code, line, outcome.again, took)
+        return replace(outcome, line=line, seconds=took)
 
     def _start(self, number: int, command: Command) -> None:
         process = subprocess.Popen(
@@ -197,7 +163,7 @@ class Supervisor:
     def _unexplained(self, running: Sequence[subprocess.Popen[str]]) -> bool:
         """Whether only consequences have been told so far, and a launcher may yet tell the cause."""
         told = [seen for seen in self._ranks.values() if seen.code not in (None, 0, 75) or seen.hung]
-        return len(running) == len(self._processes) and all(_CONSEQUENCE.search(seen.text) for seen in told)
+        return len(running) == len(self._processes) and all(CONSEQUENCE.search(seen.text) for seen in told)
 
     def _hear(self, log: IO[str]) -> None:
         """Take in what was said, for a moment."""
@@ -246,6 +212,9 @@ class Supervisor:
             process.wait()
         return swept
 
+    def _pairs(self) -> Iterator[tuple[Command, subprocess.Popen[str]]]:
+        return zip(self._commands, self._processes, strict=True)
+
     def _sweep(self, action: str) -> dict[str, Swept]:
         """On every host at once; without ssh, on this host."""
         if not self._by_ssh:
@@ -254,90 +223,6 @@ class Supervisor:
         with ThreadPoolExecutor(len(self._hosts)) as pool:
             ways = [(*starters.SSH, host.name, f"sh -s {self._token} {action}") for host in self._hosts]
             return dict(zip((host.name for host in self._hosts), pool.map(sweep, ways), strict=True))
-
-    def _judge(self, swept: dict[str, Swept], trouble: float | None) -> Outcome:
-        ends = {rank: seen for rank, seen in self._ranks.items() if seen.code is not None}
-        codes = {seen.code for seen in ends.values()}
-        if self._stops > 1:
-            return Outcome(130, "killed with Ctrl-C; the same command goes on from the last checkpoint", False)
-        if len(ends) == self._size and codes == {0}:
-            return Outcome(0, "", False)
-        if len(ends) == self._size and codes <= {0, 75}:
-            text = next(seen.text for seen in ends.values() if seen.code == 75)
-            return Outcome(75, text.removeprefix("lora-scale: "), False)
-        by_user = [seen for seen in ends.values() if seen.code in (2, 3, 4)]
-        if by_user:
-            return Outcome(by_user[0].code or 2, _plain(by_user[0].text), False)
-        return Outcome(1, self._cause(swept, trouble), True)
-
-    def _cause(self, swept: dict[str, Swept], trouble: float | None) -> str:
-        """One line: rank, host, step and cause, as far as they are known."""
-        dark = [name for name, found in swept.items() if not found.reachable]
-        if dark:
-            ranks = [rank for rank, seen in self._ranks.items() if seen.host in dark]
-            return f"{' and '.join(dark)}{_ranks(ranks)} does not answer any more{self._at()}: switched off, or cut off"
-        open_words = {r: s for r, s in self._ranks.items() if s.code is None and not s.hung}
-        told = [(rank, seen) for rank, seen in self._ranks.items() if seen.code not in (None, 0, 75)]
-        first = next(((r, s) for r, s in told if not _CONSEQUENCE.search(s.text)), None)
-        if first:
-            return f"{_who(*first)}: {_plain(first[1].text)}"
-        states = {rank: state for found in swept.values() for rank, state in found.states.items()}
-        if stopped := [rank for rank in open_words if states.get(rank) in ("T", "t")]:
-            rank = stopped[0]
-            return f"{_who(rank, open_words[rank])}: is stopped (SIGSTOP, or a debugger), and the others wait for it"
-        if hung := {rank: seen for rank, seen in self._ranks.items() if seen.hung}:
-            return self._hang(hung, open_words)
-        if gone := [rank for rank in sorted(open_words) if rank not in states or trouble is None]:
-            rank = gone[0]
-            return f"{_who(rank, open_words[rank])}: {self._death(open_words[rank].host)}"
-        if self._lost or any(process.poll() for process in self._processes):
-            return self._launcher_said()
-        if open_words:
-            rank = max(open_words, key=lambda r: time.monotonic() - open_words[r].at)
-            return f"{_who(rank, open_words[rank])}: gives no sign of life, though its process is there"
-        return self._launcher_said()
-
-    def _hang(self, hung: dict[int, RankSeen], silent: dict[int, RankSeen]) -> str:
-        """The rank that is elsewhere than the others is the one they wait for."""
-        places = Counter(seen.hung.partition(" for ")[0] for seen in hung.values())
-        rank = min(hung, key=lambda r: (places[hung[r].hung.partition(" for ")[0]], "distributed" in hung[r].hung))
-        odd = {**hung, **silent}
-        if silent:
-            rank = min(silent)
-            return f"{_who(rank, odd[rank])}: the step hangs, and it does not say where; stacks in the log folder"
-        return f"{_who(rank, hung[rank])}: the step hangs in {hung[rank].hung}; stacks of all ranks in the log folder"
-
-    def _death(self, host: str) -> str:
-        """How a rank ended that has no last words, by the code of what started it."""
-        for command, process in zip(self._commands, self._processes, strict=True):
-            code = process.returncode
-            if command.host in (host, None) and code and code > 128 and code != 255:
-                number = 256 - code if code > 192 else code - 128
-                if number in set(signal.Signals):
-                    memory = ", often the kernel's when memory is short (dmesg there)" if number == 9 else ""
-                    return f"was killed by {signal.Signals(number).name}{memory}"
-        if said := self._lost.get(host):
-            return f"ended without a word ({said})"
-        return "ended without a word: killed, often by the kernel when memory is short (dmesg there)"
-
-    def _launcher_said(self) -> str:
-        for number, (command, process) in enumerate(zip(self._commands, self._processes, strict=True)):
-            if process.returncode and process.returncode > 0:
-                why = self._last.get(number, f"exit code {process.returncode}")
-                if process.returncode == 255 and command.host:
-                    why = f"the ssh connection ended ({why})"
-                return f"{command.host or 'the launcher'}{self._at()}: {why}"
-        for host, why in self._lost.items():
-            return f"{host}{self._at()}: the launcher lost it ({why})"
-        quiet = sorted(set(range(host_list.size(self._hosts))) - self._ranks.keys())
-        if quiet and len(self._mine) == len(self._hosts):
-            name = host_list.of_rank(self._hosts, quiet[0])
-            return f"rank {quiet[0]} on {name}: never started, though the launcher ended without an error"
-        return "the launcher ended before the ranks had finished, without an error"
-
-    def _at(self) -> str:
-        step = max((seen.step for seen in self._ranks.values()), default=0)
-        return f", step {step}" if step else ""
 
 
 def sweep(way: Sequence[str]) -> Swept:
@@ -357,18 +242,3 @@ def sweep(way: Sequence[str]) -> Swept:
 def _end_with_parent() -> None:
     """In a child, before it runs: it ends when this process is killed; then ranks find their pipe broken."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _who(rank: int, seen: RankSeen) -> str:
-    where = f"step {seen.step}" if seen.step else seen.phase
-    return f"rank {rank} on {seen.host}, {where}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f" (rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))})" if ranks else ""
-
-
-def _plain(text: str) -> str:
-    """A rank's words without the program's name, which the last line gets again."""
-    lines = [line.removeprefix("lora-scale: ").removeprefix("error: ") for line in text.splitlines()]
-    return "\n".join(lines)
