@@ -1,8 +1,9 @@
 """Faults put into a run on two hosts at random moments: is the cause named, is nothing left, does it go on by itself?
 
-    python tests/faults.py --times 10 --out docs/benchmarks/DATE-faults.json      as root; about 2 minutes a fault and time
+    python tests/faults.py --times 10 --out docs/benchmarks/DATE-faults.json      as root; 2 minutes each
 
-Hosts are namespaces of this machine (tests/hosts.py), ranks are CPU processes over gloo, the job is `lora-scale launch`.
+Hosts are namespaces of this machine (tests/hosts.py), ranks are CPU processes over gloo, jobs are started by
+`lora-scale launch`.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def watch():
     while not os.path.exists("/run/raise"):
         time.sleep(0.05)
     if os.environ.get("RANK") == "1":
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.main_thread().ident), ctypes.py_object(KeyError))
+        main = ctypes.c_ulong(threading.main_thread().ident)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyError))
 if os.environ.get("RANK") == "1":
     threading.Thread(target=watch, daemon=True).start()
 """

@@ -22,10 +22,10 @@ SSH_CURES = {  # what ssh says: what to do
     r"Permission denied": "it wants a password or another key: ssh-copy-id {host}",
     r"Connection refused": "no sshd is running there, or on another port (Port in ~/.ssh/config)",
     r"No route|timed out|no answer|Connection (closed|reset)": "is it switched on, and on this network?",
-    r"not found|No such file or directory\b.*python|cannot execute|Permission denied.*python": "no such Python there: "
+    r"FileNotFoundError": "this folder is not there: share it, copy it, or write dir=... in the hostfile",
+    r"not found|No such file or directory|cannot execute": "no such Python there: "
     "install the environment under the same path, or write {host} slots=N python=/path/to/python in the hostfile",
     r"No module named": "another environment there, or another folder: python=... and dir=... in the hostfile",
-    r"FileNotFoundError": "this folder is not there: share it, copy it, or write dir=... in the hostfile",
 }
 
 
