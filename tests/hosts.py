@@ -25,6 +25,7 @@ TOOLS = ("ip", "unshare", "nsenter", "setpriv", "ssh", "ssh-keygen", SSHD)
 UNSHARE = ("setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child")  # ends with us, also by SIGKILL
 SPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--mount-proc")
 IS_ROOT = os.geteuid() == 0
+Words = str | Sequence[str | Path]  # of a command; a str is for bash
 WAY = "tests of several hosts need root for namespaces: sudo make test, or a container started with --privileged"
 CLEAN = {  # what every process of a test job gets: CPU ranks, one thread each
     "DS_ACCELERATOR": "cpu",
@@ -51,7 +52,25 @@ class Done(subprocess.CompletedProcess[str]):
     seconds: float
 
 
-class Host:
+class Local:
+    """This machine itself, where there is no root for more."""
+
+    name, ip = "localhost", "127.0.0.1"
+
+    def start(
+        self,
+        command: Words,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        **kw: Any,
+    ) -> subprocess.Popen[str]:
+        """A process in a session of its own."""
+        words = ["bash", "-c", command] if isinstance(command, str) else [str(word) for word in command]
+        environment = {"PATH": PATH, "HOME": str(Path.home()), "LANG": "C.UTF-8", **(env or {})}
+        return subprocess.Popen(words, cwd=cwd, env=environment, start_new_session=True, text=True, **kw)
+
+
+class Host(Local):
     """One simulated machine."""
 
     def __init__(self, cluster: "Cluster", index: int, name: str, ip: str, private: Sequence[Path]):
@@ -96,7 +115,7 @@ class Host:
 
     def start(
         self,
-        command: str | Sequence[str | Path],
+        command: Words,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         **kw: Any,
@@ -109,7 +128,7 @@ class Host:
         self.cluster.processes.append(process)
         return process
 
-    def run(self, command: str | Sequence[str | Path], timeout: float = 60.0, check: bool = False, **kw: Any) -> Done:
+    def run(self, command: Words, timeout: float = 60.0, check: bool = False, **kw: Any) -> Done:
         """Run to the end. AssertionError when it takes longer than `timeout`, or (with `check`) fails."""
         began = time.monotonic()
         process = self.start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
