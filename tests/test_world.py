@@ -10,7 +10,6 @@ from ranks import run_ranks
 from lora_scale.parallel.world import World, from_environment, on_every_rank, on_rank_zero
 from lora_scale.spec.errors import CheckpointError, ConfigError, TrainingError
 
-
 TORCH = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
 SLURM = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16"}
