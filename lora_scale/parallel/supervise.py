@@ -15,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -92,8 +92,9 @@ class Supervisor:
                 trouble = self._listen(log)
             finally:
                 began = time.monotonic()
+                codes = [process.poll() or 0 for process in self._processes]  # before our own kills change them
                 swept = self._end_all()
-        ends = [Ended(c.host, p.returncode, self._last.get(n, "")) for n, (c, p) in enumerate(self._pairs())]
+        ends = [Ended(self._commands[n].host, code, self._last.get(n, "")) for n, code in enumerate(codes)]
         facts = Facts(self._hosts, self._mine, self._ranks, swept, ends, self._lost, self._stops, trouble is not None)
         outcome = verdict.judge(facts)
         took = time.monotonic() - (trouble or began)
@@ -211,9 +212,6 @@ class Supervisor:
                     os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         return swept
-
-    def _pairs(self) -> Iterator[tuple[Command, subprocess.Popen[str]]]:
-        return zip(self._commands, self._processes, strict=True)
 
     def _sweep(self, action: str) -> dict[str, Swept]:
         """On every host at once; without ssh, on this host."""
