@@ -91,7 +91,7 @@ WRONG_VALUES = [
     ("lora={r: 4, rr: 8}", "unknown key lora.rr; did you mean lora.r?"),
     (
         "parallel.tensor_parallel=2",
-        "unknown key parallel.tensor_parallel; keys of parallel: zero_stage, timeout_minutes",
+        "unknown key parallel.tensor_parallel; keys of parallel: zero_stage, timeout_minutes, hang_seconds",
     ),
     ("banana=1", f"unknown key banana; {ALL}"),
     ("=3", "override '=3' is not of the form key=value"),

@@ -61,6 +61,8 @@ def judge(folder: Path, run: str, codes: list[int], output: str, alone: dict[int
     """Sums over ranks are taken in another order than by one process: some 1e-7 a step."""
     assert codes == [0] * len(codes), output
     assert losses(folder / run) == pytest.approx(alone[SHORT], rel=1e-5)
+    pace = next(row["pace"] for row in read_metrics(folder / run) if "pace" in row)
+    assert len(pace["work_ms"]) == len(pace["reply_ms"]) == ranks and min(pace["work_ms"] + pace["reply_ms"]) > 0
     assert json.loads((folder / run / FINISHED).read_text()) == {"steps": SHORT, "ranks": ranks}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lora_scale.commands import crosscheck
-from lora_scale.parallel import hostcheck, pulse, starters, verdict
+from lora_scale.parallel import hostcheck, pace, pulse, starters, verdict
 from lora_scale.parallel.verdict import Ended, Facts, RankSeen, Swept
 from lora_scale.spec import hosts as host_list
 from lora_scale.spec.errors import ConfigError
@@ -218,6 +218,27 @@ def test_a_step_that_hangs_ends_with_stacks(tmp_path: Path, supervised: bool) ->
         assert (told[-1]["step"], told[-1]["where"]) == (3, "<module> (<string>:12)")
     else:
         assert "lora-scale: error: step 3 hangs: rank 1 on " in done.stdout
+
+
+ONE, OTHER = ["node-a", "node-a"], ["node-a", "node-a", "node-b", "node-b"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "work_ms", "reply_ms", "named"),
+    [
+        (ONE, (1.0, 1.2), (0.1, 0.1), set()),
+        (ONE, (1.0, 2.0), (0.1, 0.1), {"rank 1"}),
+        (OTHER, (1.0, 1.1, 1.0, 3.0), (0.1, 0.1, 0.3, 0.3), {"rank 3"}),
+        (OTHER, (1.0, 1.1, 1.0, 1.2), (0.1, 0.1, 4.0, 4.0), set()),  # far, but no more than networks are
+        (OTHER, (1.0, 1.1, 1.0, 1.2), (0.1, 0.1, 20.0, 25.0), {"link of node-b"}),
+        (OTHER, (1.0, 1.1, 1.0, 1.2), (0.1, 0.1, 0.2, 25.0), set()),  # one rank's, not the host's: its process was busy
+    ],
+)
+def test_who_is_slow(
+    hosts: list[str], work_ms: tuple[float, ...], reply_ms: tuple[float, ...], named: set[str]
+) -> None:
+    seconds = (tuple(value / 1e3 for value in values) for values in (work_ms, reply_ms))
+    assert set(pace.slow(hosts, *seconds)) == named
 
 
 def test_the_host_of_every_fault_is_named(tmp_path: Path) -> None:

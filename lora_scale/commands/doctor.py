@@ -74,7 +74,7 @@ def command(folder: Path, hostfile: Path | None, config: Path | None, as_json: b
     \b
     lora-scale doctor
     lora-scale doctor --folder /scratch/runs --json
-    lora-scale doctor --hostfile hosts --config run.yaml        alike, reachable, and one all-reduce over the network
+    lora-scale doctor --hostfile hosts --config run.yaml    all of them, and their network
     """
     if hostfile:
         return everyhost.report(hostfile, config, folder, as_json)

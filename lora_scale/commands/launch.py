@@ -82,7 +82,8 @@ def command(
     lora-scale launch --hostfile hosts run.yaml
     lora-scale launch --hostfile hosts run.yaml lora.r=16 --max-restarts 3
     lora-scale launch --launcher slurm run.yaml                          inside sbatch
-    lora-scale launch --launcher no_ssh --hostfile hosts --node-rank 1 --master-addr node-a --master-port 29500 run.yaml
+    lora-scale launch --launcher no_ssh --hostfile hosts --node-rank 1
+        --master-addr node-a --master-port 29500 run.yaml            (on the second host)
 
     Every host is asked first whether it has the same packages, commit, config and base. A rank that dies or hangs, or
     a host that vanishes, ends the job on all hosts within --patience with one line: rank, host, step and cause. Steps

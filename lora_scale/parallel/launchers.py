@@ -43,8 +43,8 @@ def find(env: Mapping[str, str] = os.environ) -> Place | None:
     if expected is not None and expected != (found.size if found else 1):
         said = f"{found.launcher} started a world of {found.size}" if found else "no launcher started this process"
         raise ConfigError(
-            f"{EXPECTED} is {expected}, but {said}; an mpirun of another MPI, or a launcher that did not reach every "
-            "host, does that"
+            f"{EXPECTED} is {expected}, but {said}; an mpirun of another MPI, or a launcher that did not "
+            "reach every host, does that"
         )
     return found
 
