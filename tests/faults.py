@@ -319,6 +319,22 @@ def two_jobs(hosts: Cluster, folder: Path, calm: list[tuple[int, float]], patien
     return Result(fault, step, seconds, message, orphans(hosts), "no need", None, code, equal, took)
 
 
+def slow_link(hosts: Cluster, folder: Path, calm: list[tuple[int, float]]) -> Result:
+    """A link with 20 ms more each way: the job goes on to its end, and the link is named."""
+    hosts.hostfile(folder / "hosts")
+    began = time.monotonic()
+    job = Job(hosts, folder, run=f"slow-{time.monotonic_ns()}")
+    job.wait_step(1)
+    moment, step = time.monotonic(), job.step()
+    hosts[1].slow_down(0.02)
+    code = job.end(500)
+    named = [(at, line) for at, line in job.lines if re.search(r"slow +link between node-b and node-a: \d+ ms", line)]
+    assert named, job.screen
+    seconds, equal = round(named[0][0] - moment, 1), code == 0 and job.losses() == calm
+    took = round(time.monotonic() - began, 1)
+    return Result("slow link", step, seconds, named[0][1], orphans(hosts), "no need", None, code, equal, took)
+
+
 def undisturbed(hosts: Cluster, folder: Path, patience: int) -> list[tuple[int, float]]:
     hosts.hostfile(folder / "hosts")
     job = Job(hosts, folder, "--patience", str(patience), run="calm")
@@ -333,16 +349,27 @@ def all_faults(place: Path, times: int, patience: int, seed: int, only: str, don
     with cluster(2, place / "calm-hosts") as hosts:
         calm = undisturbed(hosts, place, patience)
     for number in range(times):
-        for fault in [*BEFORE, *DURING, "Ctrl-C on one of two jobs"]:
+        for fault in [*BEFORE, *DURING, "slow link", "Ctrl-C on one of two jobs"]:
             if not re.search(only, fault):
                 continue
             with cluster(2, place / f"hosts-{number}-{re.sub(r'[^a-z]', '', fault.lower())}") as hosts:
-                if fault in BEFORE:
-                    done(before(fault, hosts, place))
-                elif fault in DURING:
-                    done(during(fault, hosts, place, draw.randint(2, STEPS - 8), calm, patience))
-                else:
-                    done(two_jobs(hosts, place, calm, patience))
+                try:
+                    done(once(fault, hosts, place, draw, calm, patience))
+                except AssertionError as error:  # a row of the record too
+                    done(
+                        Result(fault, 0, None, f"not as expected: {error}"[:600], orphans(hosts), "", None, 1, False, 0)
+                    )
+
+
+def once(
+    fault: str, hosts: Cluster, place: Path, draw: random.Random, calm: list[tuple[int, float]], patience: int
+) -> Result:
+    """One fault of any kind."""
+    if fault in BEFORE:
+        return before(fault, hosts, place)
+    if fault in DURING:
+        return during(fault, hosts, place, draw.randint(2, STEPS - 8), calm, patience)
+    return slow_link(hosts, place, calm) if fault == "slow link" else two_jobs(hosts, place, calm, patience)
 
 
 def main() -> None:

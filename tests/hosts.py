@@ -167,6 +167,20 @@ class Host(Local):
         """Pull the cable at the switch: packets vanish, nothing is refused."""
         self.cluster.ip_link("set", f"v{self.index}", "down")
 
+    def slow_down(self, seconds: float) -> None:
+        """Every frame to and from this host comes so much later: a relay stands between it and the switch."""
+        script, name = str(ROOT / "tests" / "relay.py"), f"r{self.index}"
+        for host in self.cluster.hosts:
+            host.run(["python", script, "offload", "eth0"], check=True)
+        self.cluster.ip_link("set", f"v{self.index}", "nomaster")
+        self.cluster.ip_link("add", name, "type", "veth", "peer", "name", f"{name}b")
+        self.cluster.ip_link("set", f"{name}b", "master", "br0", "up")
+        self.cluster.ip_link("set", name, "up")
+        for end in (f"v{self.index}", name):
+            self.cluster.ip_link("set", end, "promisc", "on")
+        into = ["nsenter", "-t", str(self.cluster.switch_pid), "-n", sys.executable, script]
+        self.cluster.relays.append(subprocess.Popen([*into, f"v{self.index}", name, str(seconds)], text=True))
+
     def mend(self) -> None:
         self.cluster.ip_link("set", f"v{self.index}", "up")
 
@@ -184,6 +198,7 @@ class Cluster:
         self.folder = folder
         self.hosts: list[Host] = []
         self.processes: list[subprocess.Popen[str]] = []
+        self.relays: list[subprocess.Popen[str]] = []
         names = [f"node-{chr(97 + index)}" for index in range(count)]
         self._write(names, subnet)
         self.switch, self.switch_pid = _spawn("--net", "sleep", "infinity")
@@ -227,12 +242,17 @@ class Cluster:
         subprocess.run(["nsenter", "-t", str(self.switch_pid), "-n", "ip", "link", *words], check=True)
 
     def close(self) -> None:
+        for relay in self.relays:
+            relay.kill()
+            relay.wait(10)
         for process, pid in [(host.process, host.pid) for host in self.hosts] + [(self.switch, self.switch_pid)]:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)  # PID 1 of the host: the kernel ends everything else in it
         for process in [host.process for host in self.hosts] + [self.switch, *self.processes]:
             process.wait(10)
+            if process.stdout:
+                process.stdout.close()
 
 
 def _answers(host: Host) -> bool:
