@@ -23,7 +23,6 @@ from lora_scale.spec import hosts as host_list
 from lora_scale.spec.errors import FindingError, UsageError
 from lora_scale.spec.hosts import Host
 
-TOKEN = "LORA_SCALE_LAUNCH"  # parallel.world reads it; that module imports torch
 ASK_SECONDS = 120.0  # a first import from a network file system takes long
 RETURN_EVERY = 5.0  # seconds between questions to a host that may come back
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -144,17 +143,17 @@ def _attempt(
     say: Callable[[str], None],
 ) -> Outcome:
     """One start of all ranks, watched to its end."""
-    start_job, by_ssh = LAUNCHERS[options.launcher]
+    start_job, reach = LAUNCHERS[options.launcher]
     token = secrets.token_hex(8)
     env = starters.passed(os.environ, options.exported)
     env |= {
-        TOKEN: token,
+        launchers.TOKEN: token,
         pulse.EVERY: f"{options.patience / 20:g}",
         pulse.HANG: f"{options.patience / 2:g}",
         launchers.EXPECTED: str(host_list.size(options.hosts)),
     }
     master, interfaces = options.master_addr, dict[str, str]()
-    if by_ssh and options.preflight:
+    if reach == "ssh" and options.preflight:
         master_seen, interfaces = _preflight(options, config, overrides, env, until, say)
         master = master or master_seen
     master = master or starters.master_of(options.hosts)
@@ -172,7 +171,7 @@ def _attempt(
         )
         mine = [options.hosts[options.node_rank]] if options.launcher == "no_ssh" else options.hosts
         names = [host.name for host in mine]
-        supervisor = Supervisor(start_job(start), options.hosts, names, token, options.patience, by_ssh, chatter, say)
+        supervisor = Supervisor(start_job(start), options.hosts, names, token, options.patience, reach, chatter, say)
         say(f"launch   {start.size} ranks on {len(options.hosts)} hosts by {options.launcher}, meeting at {master}")
         before = {number: signal.signal(number, supervisor.stop) for number in SIGNALS}
         try:

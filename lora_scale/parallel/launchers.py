@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lora_scale.spec.errors import ConfigError
 
+TOKEN = "LORA_SCALE_LAUNCH"  # names one launch; set by parallel.local and `lora-scale launch` for what they start
 EXPECTED = "LORA_SCALE_WORLD_SIZE"  # how many ranks there must be, whatever the launcher says
 TORCH, OPENMPI, MPICH, SLURM = "deepspeed or torchrun", "openmpi", "mpich", "slurm"
 BY_MPI = (OPENMPI, MPICH)

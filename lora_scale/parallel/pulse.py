@@ -44,7 +44,7 @@ class Pulse:
         self._hang = float(os.environ.get(HANG, hang_seconds))
         self._stacks = log.with_name(f"stacks-rank-{rank:03d}.txt")
         self._out = screen.duplicate()
-        self._since, self._slowest, self._steps = 0.0, 0.0, 0
+        self._since, self._limit, self._slowest, self._steps = 0.0, 0.0, 0.0, 0
         self._said = 0.0
         self._ended = threading.Event()
         self._writing = threading.Lock()
@@ -67,16 +67,15 @@ class Pulse:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(DUMP)
         self._file.close()
-        if not self._stacks.stat().st_size:
-            self._stacks.unlink(missing_ok=True)
+        self._forget_empty()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """One training step. The first of a process may compile and allocate: it is not watched."""
         limit = max(self._hang, SLOWER * self._slowest) if self._hang and self._steps else 0.0
         began = time.monotonic()
-        self.step_number, self.phase, self._limit = number, "step", limit
-        self._since = began
+        self._since, self._limit, self.step_number = began, limit, number
+        self.phase = "step"  # last: from here on the other thread looks at the clock
         if limit:
             faulthandler.dump_traceback_later(limit + LAST_RESORT, exit=True, file=self._file)
         yield
@@ -90,6 +89,7 @@ class Pulse:
     def end(self, code: int, text: str = "") -> bool:
         """This rank's last words; True where a supervisor gets them, who shows them."""
         self._ended.set()
+        self._forget_empty()
         return self._say("end", code=code, text=text[:LONGEST])
 
     def _watch(self) -> None:
@@ -113,6 +113,11 @@ class Pulse:
                 f"(parallel.hang_seconds)\n  stacks: {self._stacks}"
             )
         os._exit(1)
+
+    def _forget_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            if not self._stacks.stat().st_size:
+                self._stacks.unlink()
 
     def _say(self, event: str, **facts: Any) -> bool:
         if not self.supervised:

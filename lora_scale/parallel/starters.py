@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from lora_scale.parallel import network
+from lora_scale.parallel import launchers, network
 from lora_scale.spec import hosts as host_list
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.hosts import Host
@@ -27,6 +28,8 @@ BOOT = (
     "import json,os,sys;j=json.loads(sys.stdin.readline());os.environ.update(j['env']);os.chdir(j['cwd']);"
     "os.execvp(j['argv'][0],j['argv'])"
 )
+STEP_NAME = "lora-scale-"  # and the launch's token: how its step is found again
+Reach = Literal["ssh", "slurm", "here"]
 PASSED = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM"}
 PASSED |= {"HF_HOME", "TRITON_CACHE_DIR", "LORA_SCALE_COMMIT"}
 PASSED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "UCX_", "HF_HUB_", "TRANSFORMERS_")
@@ -175,20 +178,21 @@ def openmpi(start: Start) -> list[Command]:
 def slurm(start: Start) -> list[Command]:
     """srun inside an allocation."""
     _need("srun")
-    argv = ["srun", "--kill-on-bad-exit=1", f"--ntasks={start.size}", f"--nodes={len(start.hosts)}"]
+    argv = ["srun", "--kill-on-bad-exit=1", f"--job-name={STEP_NAME}{start.env[launchers.TOKEN]}"]
+    argv += [f"--ntasks={start.size}", f"--nodes={len(start.hosts)}"]
     argv += [f"--ntasks-per-node={_equal_slots(start, 'srun')}", sys.executable, "-u", "-m", "lora_scale", *start.words]
     env = {**os.environ, **start.env, "MASTER_ADDR": start.master, "MASTER_PORT": str(start.port)}
     return [Command(tuple(argv), env)]
 
 
-# launcher: how it starts the job, and whether this host reaches the others by ssh
-LAUNCHERS: dict[str, tuple[Callable[[Start], list[Command]], bool]] = {
-    "ssh": (ssh, True),
-    "pdsh": (pdsh, True),
-    "torchrun": (torchrun, True),
-    "openmpi": (openmpi, True),
-    "slurm": (slurm, False),
-    "no_ssh": (no_ssh, False),
+# launcher: how it starts the job, and how the supervisor reaches its processes
+LAUNCHERS: dict[str, tuple[Callable[[Start], list[Command]], Reach]] = {
+    "ssh": (ssh, "ssh"),
+    "pdsh": (pdsh, "ssh"),
+    "torchrun": (torchrun, "ssh"),
+    "openmpi": (openmpi, "ssh"),
+    "slurm": (slurm, "slurm"),
+    "no_ssh": (no_ssh, "here"),
 }
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_scale.parallel import pulse, starters, verdict
-from lora_scale.parallel.starters import Command
+from lora_scale.parallel.starters import Command, Reach
 from lora_scale.parallel.verdict import CONSEQUENCE, Ended, Facts, Outcome, RankSeen, Swept
 from lora_scale.spec import hosts as host_list
 from lora_scale.spec.hosts import Host
@@ -52,6 +52,16 @@ n=0
 while [ -n "$(mine)" ] && [ $n -lt 50 ]; do kill -KILL $(mine) 2>/dev/null; sleep 0.1; n=$((n + 1)); done
 echo "left $(mine | wc -l)"
 """
+# The step of this launch, by its name; other steps of the same allocation are not touched.
+SWEEP_SLURM = r"""
+token=$1; action=$2
+mine() { squeue -h -s -j "$SLURM_JOB_ID" -o '%i %j' | sed -n "s/ lora-scale-$token\$//p"; }
+[ "$action" = stop ] && { for s in $(mine); do scancel -s TERM "$s"; done; exit 0; }
+[ "$action" = stacks ] && { for s in $(mine); do scancel -s USR2 "$s"; done; sleep 0.5; }
+n=0
+while [ -n "$(mine)" ] && [ $n -lt 50 ]; do scancel -s KILL $(mine) 2>/dev/null; sleep 0.3; n=$((n + 1)); done
+echo "left $(mine | wc -l)"
+"""
 
 
 class Supervisor:
@@ -64,13 +74,13 @@ class Supervisor:
         mine: Sequence[str],
         token: str,
         patience: float,
-        by_ssh: bool,
+        reach: Reach,
         chatter: Path,
         say: Callable[[str], None],
     ):
         self._commands, self._hosts, self._token, self._patience = commands, hosts, token, patience
         self._mine = set(mine)  # hosts whose ranks this supervisor sees: with no_ssh its own only
-        self._by_ssh, self._chatter, self._say = by_ssh, chatter, say
+        self._reach, self._chatter, self._say = reach, chatter, say
         self._size = sum(host.slots for host in hosts if host.name in self._mine)
         self._ranks: dict[int, RankSeen] = {}
         self._lines: queue.Queue[tuple[int, str]] = queue.Queue()
@@ -214,19 +224,19 @@ class Supervisor:
         return swept
 
     def _sweep(self, action: str) -> dict[str, Swept]:
-        """On every host at once; without ssh, on this host."""
-        if not self._by_ssh:
-            found = sweep(("sh", "-s", self._token, action))
+        """On every host at once; without ssh, by Slurm or on this host."""
+        if self._reach != "ssh":
+            found = sweep(("sh", "-s", self._token, action), SWEEP if self._reach == "here" else SWEEP_SLURM)
             return dict.fromkeys(self._mine, found)
         with ThreadPoolExecutor(len(self._hosts)) as pool:
             ways = [(*starters.SSH, host.name, f"sh -s {self._token} {action}") for host in self._hosts]
             return dict(zip((host.name for host in self._hosts), pool.map(sweep, ways), strict=True))
 
 
-def sweep(way: Sequence[str]) -> Swept:
+def sweep(way: Sequence[str], script: str = SWEEP) -> Swept:
     """Run the sweep through `way`; the ssh that a host does not answer is no error."""
     try:
-        done = subprocess.run(way, input=SWEEP, capture_output=True, text=True, timeout=SWEEP_SECONDS)
+        done = subprocess.run(way, input=script, capture_output=True, text=True, timeout=SWEEP_SECONDS)
     except subprocess.TimeoutExpired:
         return Swept(False)
     if done.returncode == 255:

@@ -17,8 +17,6 @@ from lora_scale.spec.errors import ConfigError, LoraScaleError, TrainingError
 
 T = TypeVar("T")
 
-TOKEN = "LORA_SCALE_LAUNCH"  # names one launch; set by parallel.local and `lora-scale launch` for what they start
-
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -109,7 +107,7 @@ def launch_token(world: World | None) -> str:
 
     A process of its own has a name of its own: its parent may be a shell that starts many.
     """
-    if token := os.environ.get(TOKEN):
+    if token := os.environ.get(launchers.TOKEN):
         return token
     pid = os.getppid() if world else os.getpid()
     if not os.path.exists(f"/proc/{pid}"):  # the launcher is outside this container
