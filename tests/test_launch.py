@@ -122,7 +122,7 @@ WAITS = "all_reduce (distributed_c10d.py:9) for 30 s"
     ("facts", "code", "line"),
     [
         ({"ranks": {0: seen(0, code=0), 1: seen(1, code=0)}}, 0, ""),
-        ({"ranks": {0: seen(0, code=0)}}, 1, "rank 1 on node-b: never started, though the launcher ended without"),
+        ({"ranks": {0: seen(0, code=0)}}, 1, "rank 1 on node-b: never started, and nothing says why"),
         ({"ranks": {}, "ended": [Ended(None, 0, "")]}, 1, "rank 0 on node-a: never started"),  # exit 0 is no success
         ({"ranks": {0: seen(0, code=75, text="lora-scale: saved"), 1: seen(1, code=75)}}, 75, "saved"),
         ({"ranks": {0: seen(0, code=2, text="lora-scale: error: bad")}, "trouble": True}, 2, "bad"),

@@ -16,7 +16,7 @@ from lora_scale.commands import crosscheck
 from lora_scale.commands.options import EXIT_CODES
 from lora_scale.parallel import hostcheck, launchers, pulse, starters
 from lora_scale.parallel.starters import LAUNCHERS, Start
-from lora_scale.parallel.supervise import Supervisor
+from lora_scale.parallel.supervise import Supervisor, sweep_all
 from lora_scale.parallel.verdict import Outcome
 from lora_scale.spec import configfile
 from lora_scale.spec import hosts as host_list
@@ -117,10 +117,12 @@ def _expand(nodes: str) -> list[str]:
 
 def _attempts(options: Options, config: Path, overrides: Sequence[str], chatter: Path, max_restarts: int) -> int:
     """Start, and start again after faults; the exit code."""
-    say = click.echo
+    say, before = click.echo, None
     for number in range(max_restarts + 1):
         until = time.monotonic() + (options.patience if number else 0.0)
-        outcome = _attempt(options, config, overrides, chatter, until, say)
+        token = secrets.token_hex(8)
+        outcome = _attempt(options, config, overrides, chatter, until, say, token, before)
+        before = token
         if outcome.code == 0:
             return 0
         last = not outcome.again or number == max_restarts
@@ -141,10 +143,12 @@ def _attempt(
     chatter: Path,
     until: float,
     say: Callable[[str], None],
+    token: str,
+    before: str | None,
 ) -> Outcome:
-    """One start of all ranks, watched to its end."""
+    """One start of all ranks, watched to its end. `before`: the attempt before it, of which a host that was cut off
+    may still hold ranks."""
     start_job, reach = LAUNCHERS[options.launcher]
-    token = secrets.token_hex(8)
     env = starters.passed(os.environ, options.exported)
     env |= {
         launchers.TOKEN: token,
@@ -156,6 +160,8 @@ def _attempt(
     if reach == "ssh" and options.preflight:
         master_seen, interfaces = _preflight(options, config, overrides, env, until, say)
         master = master or master_seen
+    if reach == "ssh" and before:
+        sweep_all(options.hosts, before, "kill")
     master = master or starters.master_of(options.hosts)
     with tempfile.TemporaryDirectory(prefix="lora-scale-") as scratch:
         start = Start(
@@ -173,11 +179,11 @@ def _attempt(
         names = [host.name for host in mine]
         supervisor = Supervisor(start_job(start), options.hosts, names, token, options.patience, reach, chatter, say)
         say(f"launch   {start.size} ranks on {len(options.hosts)} hosts by {options.launcher}, meeting at {master}")
-        before = {number: signal.signal(number, supervisor.stop) for number in SIGNALS}
+        handlers = {number: signal.signal(number, supervisor.stop) for number in SIGNALS}
         try:
             return supervisor.run()
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
 

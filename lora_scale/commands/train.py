@@ -149,6 +149,7 @@ def run(
     if saved and saved.step >= data.plan.total_steps:
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
+        _mark_finished(cfg, saved.step, here)
         return
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
@@ -208,9 +209,13 @@ def _loop(
         raise InterruptedRunError(
             f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there"
         )
-    on_rank_zero(lambda: runlog.mark_finished(job.cfg.run_dir, {"steps": total, "ranks": job.world.size}))
+    _mark_finished(cfg, total, job.world)
     end = f"; val_loss {val_loss:.4f}" if val_loss is not None else ""
     screen.line(f"finished {total} steps in {time.perf_counter() - started:.0f} s{end}")
+
+
+def _mark_finished(cfg: RunConfig, steps: int, here: World) -> None:
+    on_rank_zero(lambda: runlog.mark_finished(cfg.run_dir, {"steps": steps, "ranks": here.size}))
 
 
 def _line(row: dict[str, Any], total: int, first: int, val_loss: float | None, started: float) -> str:

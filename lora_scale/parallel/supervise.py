@@ -29,6 +29,7 @@ from lora_scale.spec.hosts import Host
 
 SETTLE = 3.0  # seconds after the first sign of trouble in which others may say more
 DEATH = 4.0  # more of them, where a launcher has yet to tell how a silent rank ended
+LATE = 5.0  # times the patience: by then every rank has started, from a slow file system too
 SWEEP_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _FROM_PDSH = re.compile(r"^(?P<host>[\w.@-]+): (?P<rest>.*)$")
@@ -88,13 +89,13 @@ class Supervisor:
         self._lost: dict[str, str] = {}  # host: its launcher's last words
         self._last: dict[int, str] = {}  # process: its last line
         self._stops, self._stopped_at = 0, 0.0
+        self._first = 0.0  # when the first rank was heard
 
     def stop(self, *_: object) -> None:
         """A signal handler: ask the ranks to save and end; the second time, at once."""
         self._stops += 1
 
     def run(self) -> Outcome:
-        self._begun = time.monotonic()
         with self._chatter.open("a", encoding="utf-8") as log:
             try:
                 for number, command in enumerate(self._commands):
@@ -168,6 +169,7 @@ class Supervisor:
             or any(process.poll() for process in self._processes)
             or bool(self._lost)
             or any(now - seen.at > silence for seen in self._ranks.values() if seen.code is None)
+            or bool(self._first and len(self._ranks) < self._size and now - self._first > LATE * self._patience)
             or bool(self._stopped_at and now - self._stopped_at > 2 * self._patience)
         )
 
@@ -205,6 +207,7 @@ class Supervisor:
         rank = told["rank"]
         now = time.monotonic()
         name = host_list.of_rank(self._hosts, rank) or told.get("host", "?")
+        self._first = self._first or now
         seen = self._ranks.setdefault(rank, RankSeen(name, now))
         seen.at, seen.step, seen.phase = now, told.get("step", 0), told.get("phase", "")
         if told["event"] == "end":
@@ -228,9 +231,14 @@ class Supervisor:
         if self._reach != "ssh":
             found = sweep(("sh", "-s", self._token, action), SWEEP if self._reach == "here" else SWEEP_SLURM)
             return dict.fromkeys(self._mine, found)
-        with ThreadPoolExecutor(len(self._hosts)) as pool:
-            ways = [(*starters.SSH, host.name, f"sh -s {self._token} {action}") for host in self._hosts]
-            return dict(zip((host.name for host in self._hosts), pool.map(sweep, ways), strict=True))
+        return sweep_all(self._hosts, self._token, action)
+
+
+def sweep_all(hosts: Sequence[Host], token: str, action: str) -> dict[str, Swept]:
+    """What is left of a launch on each host, asked and ended by ssh."""
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        ways = [(*starters.SSH, host.name, f"sh -s {token} {action}") for host in hosts]
+        return dict(zip((host.name for host in hosts), pool.map(sweep, ways), strict=True))
 
 
 def sweep(way: Sequence[str], script: str = SWEEP) -> Swept:

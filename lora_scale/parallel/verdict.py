@@ -108,6 +108,9 @@ def cause(facts: Facts) -> str:
         return f"{_who(stopped[0], silent[stopped[0]])}: is stopped (SIGSTOP, or a debugger); the others wait for it"
     if hung := {rank: seen for rank, seen in ranks.items() if seen.hung}:
         return _hang(hung, silent)
+    quiet = sorted(set(range(host_list.size(facts.hosts))) - ranks.keys())
+    if quiet and len(facts.mine) == len(facts.hosts) and not facts.lost and not any(p.code > 0 for p in facts.ended):
+        return f"rank {quiet[0]} on {host_list.of_rank(facts.hosts, quiet[0])}: never started, and nothing says why"
     if gone := [rank for rank in silent if rank not in states]:
         return f"{_who(gone[0], silent[gone[0]])}: {_death(facts, silent[gone[0]].host)}"
     if facts.lost or any(process.code > 0 for process in facts.ended):
@@ -150,16 +153,12 @@ def _launcher(facts: Facts) -> str:
     """What the launcher itself had to say, where no rank has."""
     for process in facts.ended:
         if process.code > 0:
-            why = process.last or f"exit code {process.code}"
+            why = _plain(process.last) or f"exit code {process.code}"
             if process.code == 255 and process.host:
                 why = f"the ssh connection to it ended ({why})"
             return f"{process.host or 'the launcher'}{_at(facts)}: {why}"
     for host, why in facts.lost.items():
         return f"{host}{_at(facts)}: the launcher lost it ({why})"
-    quiet = sorted(set(range(host_list.size(facts.hosts))) - facts.ranks.keys())
-    if quiet and len(facts.mine) == len(facts.hosts):
-        name = host_list.of_rank(facts.hosts, quiet[0])
-        return f"rank {quiet[0]} on {name}: never started, though the launcher ended without an error"
     return "the launcher ended without an error before every rank had finished"
 
 

@@ -61,9 +61,7 @@ def start(world: World | None, timeout_minutes: float) -> World:
     _check_accelerator("cuda" if on_gpu else "cpu")
     if world.launcher == "none":  # no launcher: a group of one, on a port nobody else has
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(network.free_port()))
-    elif world.launcher in (launchers.OPENMPI, launchers.MPICH) and not {"MASTER_ADDR", "MASTER_PORT"} & set(
-        os.environ
-    ):
+    elif world.launcher in launchers.BY_MPI and not {"MASTER_ADDR", "MASTER_PORT"} & set(os.environ):
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.meet(world.rank, world.size)
     elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigError(
