@@ -171,7 +171,8 @@ def of_meeting(hosts: Sequence[Host], answers: Sequence[dict[str, Any]], nbytes:
         cure = (
             "do firewalls let the hosts talk on all ports? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network"
         )
-        yield Finding("network", host.name, "finding", f"no all-reduce with the others: {error}", cure, True)
+        said = error.partition(". This is typically")[0]  # gloo goes on about remote workers
+        yield Finding("network", host.name, "finding", f"no all-reduce with the others: {said}", cure, True)
     if failed:
         return
     wrong = [host.name for host, facts in zip(hosts, answers, strict=True) if facts["wrong"]]

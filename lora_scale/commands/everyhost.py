@@ -46,9 +46,10 @@ def _checks(hosts: tuple[Host, ...], config: Path | None, folder: Path) -> Itera
         "run_dir": str(folder),
     }
     answers = hostcheck.ask(hosts, [("look", request, env)] * len(hosts), Path.cwd(), LOOK_SECONDS)
-    yield from crosscheck.of_facts(hosts, answers)
-    if any("error" in facts for facts in answers):
-        yield Finding("network", "all hosts", "note", "not tried: some host did not answer")
+    found = list(crosscheck.of_facts(hosts, answers))
+    yield from found
+    if any(check.blocks and check.name in ("reachable", "machines") for check in found):
+        yield Finding("network", "all hosts", "note", "not tried: first each line must be a host that answers")
         return
     master = crosscheck.master(hosts, answers)
     interfaces = crosscheck.interfaces(hosts, answers)
