@@ -109,6 +109,7 @@ class Host(Local):
     def boot(self) -> None:
         """Switch it on, for the first time or again."""
         cluster, index = self.cluster, self.index
+        cluster.ip_link("del", f"v{index}", check=False)  # of a host that was switched off a moment ago
         self.process, self.pid = _spawn(*SPACES, "sh", "-c", self._boot)
         cluster.ip_link("add", f"v{index}", "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
         cluster.ip_link("set", f"v{index}", "master", "br0", "up")
@@ -238,8 +239,10 @@ class Cluster:
         path.write_text("".join(f"{host.name} slots={slots}\n" for host in self.hosts))
         return path
 
-    def ip_link(self, *words: str) -> None:
-        subprocess.run(["nsenter", "-t", str(self.switch_pid), "-n", "ip", "link", *words], check=True)
+    def ip_link(self, *words: str, check: bool = True) -> None:
+        command = ["nsenter", "-t", str(self.switch_pid), "-n", "ip", "link", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stderr}"
 
     def close(self) -> None:
         for relay in self.relays:
