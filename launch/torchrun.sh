@@ -7,8 +7,8 @@
 #
 # MASTER names one of the hosts and a port that is free there. Needs no ssh and no hostfile.
 #
-# Run: one host, CPU ranks. Not run yet: several hosts.
+# Run: one host, and two hosts (namespaces), CPU ranks.
 set -euo pipefail
 exec torchrun --nnodes "${NODES:-1}" --nproc_per_node "${RANKS:-gpu}" \
-    --rdzv_backend c10d --rdzv_endpoint "${MASTER:-localhost:0}" \
+    --rdzv_backend c10d --rdzv_endpoint "${MASTER:-localhost:0}" --rdzv_id "${JOB:-lora-scale}" \
     -m lora_scale train "$@"

@@ -18,6 +18,7 @@ VERBS = {
     "plan": "Say what a run needs on each GPU, before it is queued.",
     "prepare": "Fetch, tokenise and pack once; show what will be trained on.",
     "train": "Train the run that a config describes, or resume it.",
+    "launch": "Train on several hosts, watched and restarted.",
     "export": "Write a checkpoint's adapter in PEFT form.",
     "merge": "Write the base with the adapter added to its weights.",
     "analyze": "Say what updates look like, and what that means for r and targets.",

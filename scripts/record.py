@@ -124,6 +124,8 @@ def tables(arguments: argparse.Namespace) -> None:
         record = json.loads(path.read_text())
         if "title" in record:
             text += _table(path.name, record)
+        if "faults" in record:
+            text += _fault_table(path.name, record)
     (arguments.folder / "README.md").write_text("\n".join(text).rstrip() + "\n")
 
 
@@ -148,6 +150,29 @@ def _table(file: str, record: dict[str, Any]) -> list[str]:
             f"| {row['name']} | {row['who']} | {row['ranks']} | {row['tokens_per_second']:,.0f} | "
             f"{row['tflops_4n']:.0f} "
             f"| {step['median']:.3f}{spread} | {memory} | {row['load_seconds']:.1f} | {save} |"
+        )
+    return [*lines, ""]
+
+
+def _fault_table(file: str, record: dict[str, Any]) -> list[str]:
+    """A row a fault: medians where it was put in several times; steps lost is from the fault to the checkpoint."""
+    lines = [
+        f"## Faults on several hosts ({file})",
+        "",
+        f"{record['what']}; commit `{record['commit'][:10]}`; record [{file}]({file}).",
+        "",
+        "| fault | times | seconds to the error | orphans | goes on | steps run again | losses as undisturbed |",
+        "|---|--:|--:|--:|---|--:|---|",
+    ]
+    for fault in dict.fromkeys(row["fault"] for row in record["faults"]):
+        rows = [row for row in record["faults"] if row["fault"] == fault]
+        seconds = [row["seconds_to_error"] for row in rows if row["seconds_to_error"] is not None]
+        again = [max(0, row["at_step"] - row["resumed_from"]) for row in rows if row["resumed_from"] is not None]
+        lines.append(
+            f"| {fault} | {len(rows)} | {f'{statistics.median(seconds):.1f}' if seconds else '-'} | "
+            f"{sum(row['orphans'] for row in rows)} | {', '.join(dict.fromkeys(row['resumed'] for row in rows))} | "
+            f"{f'{statistics.median(again):.0f}' if again else '-'} | "
+            f"{'yes' if all(row['equal'] for row in rows) else 'NO'} |"
         )
     return [*lines, ""]
 

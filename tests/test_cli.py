@@ -62,7 +62,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 def test_verbs_are_the_modules_of_commands() -> None:
     modules = {path.stem for path in (ROOT / "lora_scale" / "commands").glob("*.py")}
-    assert modules - {"__init__", "options"} == set(VERBS)
+    assert modules - {"__init__", "options", "crosscheck", "everyhost"} == set(VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -82,7 +82,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["trian", "run.yaml"], "Error: unknown verb trian; did you mean train?"),
-        (["banana"], "Error: unknown verb banana; choose plan, train, export, merge, analyze, report, doctor"),
+        (
+            ["banana"],
+            "Error: unknown verb banana; choose plan, prepare, train, launch, export, merge, analyze, config, report",
+        ),
         (["--lr=3"], "Error: No such option '--lr'"),
         (["doctor", "--lora.r=16"], "A key of the config is written without dashes: lora.r=16"),
         (["doctor", "extra"], "Error: Got unexpected extra argument"),

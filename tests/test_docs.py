@@ -25,7 +25,7 @@ from lora_scale.spec import configfile
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-LAUNCH = sorted((ROOT / "launch").iterdir())
+LAUNCH = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix != ".yaml")
 HOSTS = {"arxiv.org", "github.com", "thinkingmachines.ai"}  # a page may send its reader there, and nowhere unnoticed
 FOLDERS = {"dev", "etc", "proc", "usr"}  # absolute paths mean the same on every Linux only below these
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]

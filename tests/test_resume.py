@@ -19,6 +19,7 @@ from lora_scale.spec.errors import CheckpointError
 
 pytestmark = pytest.mark.ranks
 HALF, WHOLE = 4, 8
+UNSHARED = "lora, stage 2"  # there only the first rank sees the checkpoint
 
 
 def save_and_go_on(here: World, trees: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def save_and_go_on(here: World, trees: dict[str, dict[str, Any]]) -> dict[str, A
         job.engine.ds.destroy()
         fresh = start(here, tree, randomise=False)
         path = Path(tree["run_dir"]) / f"step-{HALF:06d}"
-        checkpoint.restore(fresh.engine, path, checkpoint.read_state(path), fresh.key)
+        seen = path.with_name("on-another-host") if name == UNSHARED and here.rank else path
+        checkpoint.restore(fresh.engine, seen, checkpoint.read_state(path), fresh.key)
         restored = {what: everything(fresh, what) for what in (masters.VALUE, *masters.MOMENTS)}
         again = train(fresh, HALF, WHOLE - HALF)
         fresh.engine.ds.destroy()

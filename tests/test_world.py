@@ -10,6 +10,10 @@ from ranks import run_ranks
 from lora_scale.parallel.world import World, from_environment, on_every_rank, on_rank_zero
 from lora_scale.spec.errors import CheckpointError, ConfigError, TrainingError
 
+TORCH = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+SLURM = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16"}
+
 
 @pytest.mark.parametrize(
     ("env", "expected"),
@@ -19,7 +23,16 @@ from lora_scale.spec.errors import CheckpointError, ConfigError, TrainingError
             {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
             World("openmpi", 1, 2, 0),
         ),
-        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, World("slurm", 9, 16, 1)),
+        (SLURM | {"SLURM_STEP_ID": "0"}, World("slurm", 9, 16, 1)),
+        (SLURM, None),  # a batch script has them too: no srun, no step
+        (SLURM | {"SLURM_STEP_ID": "4294967291"}, None),  # Slurm's number for the batch script
+        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, None),
+        (SLURM | {"SLURM_STEP_ID": "0"} | TORCH, World("deepspeed or torchrun", 3, 8, 1)),  # torchrun inside srun
+        (SLURM | {"SLURM_STEP_ID": "2"} | MPI, World("openmpi", 1, 2, 0)),  # mpirun starts its daemons by srun
+        (SLURM | {"SLURM_STEP_ID": "0", "PMI_RANK": "9", "PMI_SIZE": "16"}, World("slurm", 9, 16, 1)),  # --mpi=pmi2
+        (MPI | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, World("deepspeed or torchrun", 1, 2, 0)),
+        (MPI | TORCH | {"TORCHELASTIC_RUN_ID": "x"}, World("deepspeed or torchrun", 3, 8, 1)),
+        (TORCH | {"LORA_SCALE_WORLD_SIZE": "8"}, World("deepspeed or torchrun", 3, 8, 1)),
         ({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, World("mpich", 0, 2, 0)),
         ({}, None),
     ],
@@ -33,7 +46,14 @@ def test_launchers(env: dict[str, str], expected: World | None) -> None:
     [
         ({"RANK": "8", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}, "RANK=8 with WORLD_SIZE=8"),
         ({"RANK": "x", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}, "RANK='x' in the environment; expected a number"),
-        ({"RANK": "0", "WORLD_SIZE": "8"}, "RANK, WORLD_SIZE set but not LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, "RANK, WORLD_SIZE set but not LOCAL_RANK; start with deepspeed or torchrun"),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_RANK set but not OMPI_.* start with mpirun"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_RANK, PMI_SIZE set but not MPI_LOCALRANKID"),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "8"}, "LOCAL_RANK=8 with WORLD_SIZE=8"),
+        (MPI | TORCH, "RANK=3 WORLD_SIZE=8 of deepspeed or torchrun disagrees with OMPI_COMM_WORLD_RANK=1 .* openmpi"),
+        (TORCH | {"LORA_SCALE_WORLD_SIZE": "16"}, "LORA_SCALE_WORLD_SIZE is 16, but .* started a world of 8"),
+        ({"LORA_SCALE_WORLD_SIZE": "2"}, "LORA_SCALE_WORLD_SIZE is 2, but no launcher started this process"),
+        ({"LORA_SCALE_WORLD_SIZE": "two"}, "LORA_SCALE_WORLD_SIZE='two' in the environment; expected a number"),
     ],
 )
 def test_variables_that_make_no_sense(env: dict[str, str], message: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import click
 
+from lora_scale.commands import everyhost
 from lora_scale.commands.options import EXIT_CODES
 from lora_scale.parallel import probe
 from lora_scale.spec.errors import FindingError
@@ -60,8 +61,10 @@ class Check:
     show_default=True,
     help="Where runs and checkpoints will be written; its disk is measured with a file of 128 MiB.",
 )
+@click.option("--hostfile", type=click.Path(path_type=Path), help="Ask every host that it names, all at once.")
+@click.option("--config", type=click.Path(path_type=Path), help="With --hostfile: the run whose base and data to seek.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
-def command(folder: Path, as_json: bool) -> None:
+def command(folder: Path, hostfile: Path | None, config: Path | None, as_json: bool) -> None:
     """Look for what would hurt a run on this machine: one line a check, each finding with its cure.
 
     Versions, devices, launcher, one all-reduce over the visible GPUs (or 2 CPU processes) with its result checked,
@@ -71,7 +74,10 @@ def command(folder: Path, as_json: bool) -> None:
     \b
     lora-scale doctor
     lora-scale doctor --folder /scratch/runs --json
+    lora-scale doctor --hostfile hosts --config run.yaml    all of them, and their network
     """
+    if hostfile:
+        return everyhost.report(hostfile, config, folder, as_json)
     started = time.monotonic()
     checks = []
     if sys.stderr.isatty():
@@ -114,7 +120,7 @@ def _checks(folder: Path) -> Iterator[Check | None]:
     if works:
         yield reduced("nccl" if devices else "gloo", len(devices) or 2)
     yield from disk(folder)
-    yield judge_shared_memory(_size("/dev/shm"), bool(devices))
+    yield judge_shared_memory(shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None, bool(devices))
     yield from limits_of_this_process()
     yield judge_locks(extension_locks(os.environ))
     yield judge_hostname(socket.gethostname(), _addresses(socket.gethostname()), os.environ)
@@ -186,9 +192,8 @@ def disk(folder: Path) -> Iterator[Check]:
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < LITTLE_SPACE:
-        yield Check(
-            "disk space", "finding", f"{free / GIB:.1f} GiB free at {there}", "choose another folder with --folder"
-        )
+        detail = f"{free / GIB:.1f} GiB free at {there}"
+        yield Check("disk space", "finding", detail, "choose another folder with --folder")
     else:
         yield Check("disk space", "ok", f"{free / GIB:,.1f} GiB free at {there}")
     try:
@@ -280,10 +285,6 @@ def _driver() -> str | None:
     path = Path("/proc/driver/nvidia/version")
     found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text()) if path.is_file() else None
     return found.group() if found else None
-
-
-def _size(folder: str) -> int | None:
-    return shutil.disk_usage(folder).total if Path(folder).is_dir() else None
 
 
 def _limit(number: int) -> str:

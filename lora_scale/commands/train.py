@@ -15,9 +15,11 @@ from typing import Any
 import click
 import torch
 
-from lora_scale.parallel import checkpoint, fits, guards, local, memory, metrics, setup, world
+from lora_scale.parallel import checkpoint, fits, guards, local, memory, metrics, mpi, setup, world
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
+from lora_scale.parallel.pace import Pace
+from lora_scale.parallel.pulse import Pulse
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.waiting import first_rank_works
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
@@ -104,30 +106,37 @@ def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path, screen
     rank, token, code = here.rank if here else 0, world.launch_token(here), 0
     screen.redirect(log)
     faulthandler.enable()
-    with StopRequest(screen, lambda: console.is_claimed(cfg.run_dir, token)) as stop:
+    with (
+        StopRequest(screen, lambda: console.is_claimed(cfg.run_dir, token)) as stop,
+        Pulse(rank, screen, log, cfg.parallel.hang_seconds) as pulse,
+    ):
         try:
             here = world.start(here, cfg.parallel.timeout_minutes)
             token = on_rank_zero(lambda: token)  # one for all hosts
-            run(cfg, config, here, screen, stop, token, asked)
+            pulse.phase = "set-up"
+            run(cfg, config, here, screen, stop, pulse, token, asked)
+            pulse.end(0)
         except LoraScaleError as error:
             stop.over()
             code = error.exit_code
             traceback.print_exc()
-            _tell_once(screen, _told(error, log), cfg.run_dir, token)
+            _tell_once(screen, pulse, code, _told(error, log), cfg.run_dir, token)
         except BaseException as error:
             stop.over()
             code, text = _fault(error, rank)
             traceback.print_exc()
-            _tell_once(screen, f"lora-scale: error: {text}\n  log: {log}", cfg.run_dir, token)
+            _tell_once(screen, pulse, code, f"lora-scale: error: {text}\n  log: {log}", cfg.run_dir, token)
             sys.stdout.flush()
+            mpi.end_all(code)
             os._exit(code)  # the others are in a collective: there is no orderly way out, and they must not wait for us
         world.stop()
     return code
 
 
-def _tell_once(screen: Console, text: str, run_dir: Path, token: str) -> None:
+def _tell_once(screen: Console, pulse: Pulse, code: int, text: str, run_dir: Path, token: str) -> None:
     screen.clear()
-    if console.claim(run_dir, token):
+    supervised = pulse.end(code, text)
+    if console.claim(run_dir, token) and not supervised:
         screen.error(text)
 
 
@@ -150,12 +159,19 @@ def _fault(error: BaseException, rank: int) -> tuple[int, str]:
 
 
 def run(
-    cfg: RunConfig, config: Path, here: World, screen: Console, stop: StopRequest, token: str, asked: Asked
+    cfg: RunConfig,
+    config: Path,
+    here: World,
+    screen: Console,
+    stop: StopRequest,
+    pulse: Pulse,
+    token: str,
+    asked: Asked,
 ) -> None:
     """One rank's whole run."""
     with contextlib.ExitStack() as stack:  # what stays with the first rank: the lease, the log, the trackers
         first_rank_works(lambda: _enter(cfg.run_dir, token, screen, stack))
-        _run(cfg, config, here, screen, stop, asked, stack)
+        _run(cfg, config, here, screen, stop, pulse, asked, stack)
 
 
 def _run(
@@ -164,6 +180,7 @@ def _run(
     here: World,
     screen: Console,
     stop: StopRequest,
+    pulse: Pulse,
     asked: Asked,
     stack: contextlib.ExitStack,
 ) -> None:
@@ -173,10 +190,11 @@ def _run(
     start = on_rank_zero(lambda: None if resume else setup.find_init_adapter(cfg, folder, identity))
     data = run_data.read_data(cfg, folder, grid, screen)
     run_data.say_data(cfg, data, grid, screen)
-    saved = on_every_rank(lambda: _read_state(cfg, identity, data, resume)) if resume else None
+    saved = on_rank_zero(lambda: _read_state(cfg, identity, data, resume)) if resume else None
     if saved and saved.step >= data.plan.total_steps:
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
+        _mark_finished(cfg, saved.step, here)
         return
     step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
     seen = on_rank_zero(lambda: _validation_before(cfg, step))
@@ -198,7 +216,7 @@ def _run(
     own.write({"step": step, "phase": "load", **loading})
     kept: list[RunLog] = []
     on_rank_zero(lambda: kept.append(stack.enter_context(_open_log(job, config, step, planned, loading))))
-    _loop(job, kept[0] if kept else None, own, screen, stop, (step, tokens_seen, seen), asked.started)
+    _loop(job, kept[0] if kept else None, own, screen, stop, pulse, (step, tokens_seen, seen), asked.started)
 
 
 def _loop(
@@ -207,13 +225,14 @@ def _loop(
     own: runlog.RankMemory,
     screen: Console,
     stop: StopRequest,
+    pulse: Pulse,
     behind: tuple[int, int, Validation],
     job_started: float,
 ) -> None:
     """The steps from those that are `behind` (their number, their tokens, their validation losses) to the last."""
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
     first, tokens_seen, seen = behind
-    learning, val_loss = guards.LearningGuard(engine), None
+    learning, pace, val_loss = guards.LearningGuard(engine), Pace(job.world.device), None
     trackers = Trackers(cfg, first, screen.line) if log else None
     end_of_job, step_seconds, save_seconds = deadline(job_started, cfg.max_hours, os.environ), 0.0, 0.0
     if data.validation and first == 0:
@@ -232,15 +251,20 @@ def _loop(
         begin_time = time.time()
         must_end = partial(_must_end, stop, end_of_job, step_seconds, save_seconds)
         snapshot.before(done)
-        result = engine.train_step(step, number, lr, must_end)
-        snapshot.after(done)
-        guards.check_finite(done, result, step.names)
-        learning.after_step(done, lr, step.target_tokens)
+        with pulse.step(done):
+            result = engine.train_step(step, number, lr, must_end)
+            snapshot.after(done)
+            guards.check_finite(done, result, step.names)
+            learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens
         seconds = time.perf_counter() - begin
         held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())
         own.write({"step": done, **held})
         row = metrics.row(done, result, lr, step, seconds, job, held)
+        figures, slow = pace.measure(done)
+        row |= figures
+        for text in slow:
+            screen.line(text)
         if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
             row["val_loss"] = val_loss = engine.evaluate(data.validation)
             seen = seen.after(done, val_loss)
@@ -266,14 +290,20 @@ def _loop(
         trackers.close()
     on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))  # before any last words
     if _is_over(cfg, seen) and not result.stop:
+        _mark_finished(cfg, done, job.world)
         screen.line(f"finished early, at step {done} of {total}: {_no_better(seen)}")
         return
     if done < total:
         raise InterruptedRunError(
             f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there"
         )
+    _mark_finished(cfg, total, job.world)
     end = f"; val_loss {val_loss:.4f}" if val_loss is not None else ""
     screen.line(f"finished {total} steps in {time.perf_counter() - started:.0f} s{end}")
+
+
+def _mark_finished(cfg: RunConfig, steps: int, here: World) -> None:
+    on_rank_zero(lambda: runlog.mark_finished(cfg.run_dir, {"steps": steps, "ranks": here.size}))
 
 
 def _line(row: dict[str, Any], total: int, first: int, val_loss: float | None, started: float) -> str:
@@ -414,6 +444,7 @@ def _save(job: Job, step: int, tokens_seen: int, best: bool) -> tuple[Path, floa
 
 def _open_log(job: Job, config: Path, step: int, planned: dict[str, Any], loading: dict[str, Any]) -> RunLog:
     """The run directory's records, with the manifest written; for the first rank."""
+    runlog.unmark_finished(job.cfg.run_dir)
     log = RunLog(
         job.cfg.run_dir,
         config_text=config.read_text(encoding="utf-8"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lora_scale.adapters import peft
@@ -139,7 +140,10 @@ def check_resumable(saved: State, now: State, path: Path) -> None:
 
 
 def restore(engine: Engine, path: Path, state: State, key: Callable[[str], str]) -> None:
-    """Read a checkpoint's tensors on every rank and put this rank's runs in place. All ranks fail together."""
+    """Read a checkpoint's tensors and put this rank's runs in place. All ranks fail together.
+
+    Every rank reads the files; where a host does not see them, the first rank reads them for all.
+    """
 
     found = engine.parts()
 
@@ -151,7 +155,27 @@ def restore(engine: Engine, path: Path, state: State, key: Callable[[str], str])
         values = {masters.VALUE: {name: weights[key(name)] for name in shapes}}
         return values | {m: {name: moments[f"{key(name)}.{m}"] for name in shapes} for m in masters.MOMENTS}
 
-    masters.restore(engine.ds, found, on_every_rank(read), state.step)
+    seen = torch.tensor(float((path / STATE).is_file()), device=engine.world.device)
+    dist.all_reduce(seen, op=dist.ReduceOp.MIN)
+    values = on_every_rank(read) if seen.item() else _from_first(engine, found, read)
+    masters.restore(engine.ds, found, values, state.step)
+
+
+def _from_first(
+    engine: Engine, parts: list[masters.Part], read: Callable[[], dict[str, dict[str, Tensor]]]
+) -> dict[str, dict[str, Tensor]]:
+    """What rank 0 reads, on every rank, tensor by tensor."""
+    first = engine.world.is_first
+    read_there = on_every_rank(lambda: read() if first else {})
+    found: dict[str, dict[str, Tensor]] = {}
+    for what in (masters.VALUE, *masters.MOMENTS):
+        found[what] = {}
+        for p in parts:
+            tensor = read_there[what][p.name] if first else torch.empty(p.whole_shape, dtype=torch.float32)
+            travelling = tensor.to(engine.world.device)
+            dist.broadcast(travelling, src=0)
+            found[what][p.name] = travelling.cpu()
+    return found
 
 
 def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

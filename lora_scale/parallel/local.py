@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from lora_scale.parallel.world import TOKEN, free_port
+from lora_scale.parallel.launchers import TOKEN
+from lora_scale.parallel.network import free_port
 from lora_scale.spec.errors import UsageError
 from lora_scale.storage import console
 from lora_scale.storage.console import ECHO, STOPPING, TOO_EARLY, Console

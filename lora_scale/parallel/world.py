@@ -1,11 +1,10 @@
-"""Which rank this process is, on which device, and how ranks agree. Knows launchers' variables; knows no model and no
-ZeRO."""
+"""Which rank this process is, on which device, and how ranks agree. Knows no model and no ZeRO; the variables of
+launchers are `parallel.launchers`'."""
 
 import importlib
 import os
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,20 +12,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from lora_scale.parallel import launchers, mpi, network
 from lora_scale.spec.errors import ConfigError, LoraScaleError, TrainingError
 
 T = TypeVar("T")
-
-# launcher: the environment variables that give rank, world size, and rank on this node.
-# The first launcher whose three variables are all set is the one in use.
-LAUNCHERS = {
-    "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-}
-
-TOKEN = "LORA_SCALE_LAUNCH"  # set by parallel.local for the ranks that it starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +37,10 @@ class World:
 
 
 def from_environment(env: Mapping[str, str] = os.environ) -> World | None:
-    """The place a launcher gave this process, or None when no launcher started it."""
-    for launcher, names in LAUNCHERS.items():
-        if all(name in env for name in names):
-            rank, size, local_rank = (_number(env, name) for name in names)
-            if not 0 <= rank < size:
-                raise ConfigError(f"{names[0]}={rank} with {names[1]}={size}: a rank lies between 0 and the world size")
-            return World(launcher, rank, size, local_rank)
-    half = {name for names in list(LAUNCHERS.values())[:1] for name in names if name in env}
-    if half:
-        missing = sorted(set(LAUNCHERS["deepspeed or torchrun"]) - half)
-        raise ConfigError(
-            f"{', '.join(sorted(half))} set but not {', '.join(missing)}; start with deepspeed or torchrun, or "
-            "unset them"
-        )
-    return None
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-    try:
-        return int(env[name])
-    except ValueError:
-        raise ConfigError(f"{name}={env[name]!r} in the environment; expected a number set by the launcher") from None
+    """The place a launcher gave this process, or None when no launcher started it. ConfigError when the variables make
+    no sense."""
+    place = launchers.find(env)
+    return World(place.launcher, place.rank, place.size, place.local_rank) if place else None
 
 
 def start(world: World | None, timeout_minutes: float) -> World:
@@ -89,7 +60,9 @@ def start(world: World | None, timeout_minutes: float) -> World:
         torch.cuda.set_device(world.device)
     _check_accelerator("cuda" if on_gpu else "cpu")
     if world.launcher == "none":  # no launcher: a group of one, on a port nobody else has
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(network.free_port()))
+    elif world.launcher in launchers.BY_MPI and not {"MASTER_ADDR", "MASTER_PORT"} & set(os.environ):
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = mpi.meet(world.rank, world.size)
     elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigError(
             f"{' and '.join(missing)} not set in the environment of {world.launcher}; "
@@ -127,19 +100,12 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def launch_token(world: World | None) -> str:
     """Names this launch on this node: what our own launcher gave it, or the ranks' common parent and its start time.
 
     A process of its own has a name of its own: its parent may be a shell that starts many.
     """
-    if token := os.environ.get(TOKEN):
+    if token := os.environ.get(launchers.TOKEN):
         return token
     pid = os.getppid() if world else os.getpid()
     if not os.path.exists(f"/proc/{pid}"):  # the launcher is outside this container

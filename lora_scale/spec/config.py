@@ -192,6 +192,9 @@ class ParallelConfig(Section):
     that costs a rank less than 1 GiB."""
     timeout_minutes: PositiveFloat = 30.0
     """How long a rank waits for the others in one collective before the job fails."""
+    hang_seconds: NonNegativeFloat = 300.0
+    """A training step hangs that takes longer, and ten times longer than any before it: every rank writes the stacks of
+    its threads to `run_dir/log` and ends. 0: never. `lora-scale launch --patience` sets it for its own runs."""
 
 
 class MemoryConfig(Section):

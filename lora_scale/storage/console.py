@@ -46,6 +46,10 @@ class Console:
         with contextlib.suppress(OSError):
             self._screen.close()
 
+    def duplicate(self) -> int:
+        """A descriptor of its own to where the screen is; for what must be written in one piece, from any thread."""
+        return os.dup(self._screen.fileno())
+
     def redirect(self, log: Path) -> None:
         """Send this process's stdout and stderr, also those of libraries, to `log` (appended)."""
         if self.verbosity >= 2:

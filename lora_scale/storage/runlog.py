@@ -4,7 +4,7 @@ Knows the tree and the two formats, one JSON object a line (metrics) and one JSO
 figure means; that is the writer's and `commands.report`'s. Checkpoints are `parallel.checkpoint`'s. No torch.
 
     <run>/  manifest.json   config.yaml   config.resolved.json   deepspeed.json   metrics.jsonl   checkpoints/
-            log/rank-000.txt   log/memory-000.jsonl   one of each a rank
+            finished.json (once it is)   log/rank-000.txt   log/memory-000.jsonl   one of each a rank
 """
 
 import json
@@ -23,6 +23,7 @@ CONFIG = "config.yaml"
 RESOLVED = "config.resolved.json"
 CHECKPOINTS = "checkpoints"
 DEEPSPEED = "deepspeed.json"
+FINISHED = "finished.json"
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -35,6 +36,16 @@ def log_path(run_dir: Path, rank: int) -> Path:
 def memory_path(run_dir: Path, rank: int) -> Path:
     """The rows of one rank's memory, one a step."""
     return run_dir / "log" / f"memory-{rank:03d}.jsonl"
+
+
+def mark_finished(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Say on disk that the run came to its last step: some launchers end with 0 although a rank failed."""
+    write_text_atomically(run_dir / FINISHED, _pretty(facts))
+
+
+def unmark_finished(run_dir: Path) -> None:
+    """Take the mark away: the run goes on."""
+    (run_dir / FINISHED).unlink(missing_ok=True)
 
 
 class RunLog:
