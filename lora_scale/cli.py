@@ -18,7 +18,7 @@ VERBS = {
     "plan": "Say what a run needs on each GPU, before it is queued.",
     "train": "Train the run that a config describes, or resume it.",
     "export": "Write a checkpoint's adapter in PEFT form.",
-    "report": "Turn a run directory into a Markdown page.",
+    "report": "Turn a run directory into a page: memory, loss, speed.",
     "doctor": "Look for what would hurt a run on this machine.",
 }
 
