@@ -22,7 +22,7 @@ train:
 """
 LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A"
 TOP = "keys at the top: run_dir, method, precision, recompute, resume, seed"
-ALL = f"{TOP}; sections: model, data, lora, train, eval, save, parallel"
+ALL = f"{TOP}; sections: model, data, lora, train, eval, save, parallel, memory"
 PATTERNS = "lora.rank_pattern must be a mapping from patterns to whole numbers of at least 1"
 
 
@@ -74,8 +74,8 @@ WRONG_VALUES = [
     ("model.revision=1e5", "model.revision is 100000.0; it must be a string or null, in quotes"),
     ("run_dir=2026-11-21", "run_dir is 2026-11-21 (a date); it must be a path, in quotes"),
     ("method=LoRA", "method is 'LoRA'; choose 'lora' or 'full'"),
-    ("recompute=off", "recompute is 'off'; it must be 'all', 'none' or a whole number of at least 0"),
-    ("recompute=true", "recompute is true; it must be 'all', 'none' or a whole number of at least 0"),
+    ("recompute=off", "recompute is 'off'; it must be 'all', 'none', 'auto' or a whole number of at least 0"),
+    ("recompute=true", "recompute is true; it must be 'all', 'none', 'auto' or a whole number of at least 0"),
     ("resume=no", "resume is 'no'; it must be 'auto', 'never' or a path; a file of that name is ./no"),
     ("resume=false", "resume is false; it must be 'auto', 'never' or a path"),
     ("seed=-1", "seed is -1; it must be a whole number of at least 0"),
