@@ -143,9 +143,9 @@ def run(
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
         return
+    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
     limit = fits.device_gib(here.device)
     cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, here, screen, limit, ignore_plan))
-    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, here, screen)
     for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")
