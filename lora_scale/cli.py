@@ -23,7 +23,7 @@ VERBS = {
     "merge": "Write the base with the adapter added to its weights.",
     "analyze": "Say what updates look like, and what that means for r and targets.",
     "config": "Print every key with its value and origin, or the JSON Schema.",
-    "report": "Turn a run directory into a Markdown page.",
+    "report": "Turn a run directory into a page: memory, loss, speed.",
     "doctor": "Look for what would hurt a run on this machine.",
 }
 

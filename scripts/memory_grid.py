@@ -22,13 +22,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora_scale.spec.memory import CALIBRATED_ON, GIB
 from lora_scale.storage import provenance
 from lora_scale.storage.runlog import read_manifest, read_memory, read_metrics
 
+ROOT = Path(__file__).parent.parent
 STEPS = 4  # the first allocates, the others repeat; a peak needs no median
 TOKENIZER = "import pathlib, sys, tiny_tokenizer as t; t.write_tokenizer(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
 
@@ -147,7 +147,7 @@ def _figures(run_dir: Path) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Markdown: errors of the total peak, of what is above the states, and of what is reserved, with their bounds."""
     lines = [
-        "| run | GPUs | planned / measured peak, GiB | error (3%) | above the states (10% or 0.5 GiB) | reserved (8%) |",
+        "| run | GPUs | planned / measured peak, GiB | error (3%) | above the states (10%, 0.5 GiB) | reserved (8%) |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for row in record["rows"]:

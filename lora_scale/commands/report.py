@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from lora_scale.commands.report_memory import MISSING, beside_full, by_rank, largest, memory_of, where_it_went
 from lora_scale.spec.errors import UsageError
 from lora_scale.spec.wording import binary, decimal
 from lora_scale.storage import checkpoints, figures, page, runlog
 from lora_scale.storage.durable import write_text_atomically
+from lora_scale.storage.memory_page import MISSING, beside_full, by_rank, largest, memory_of, where_it_went
 from lora_scale.storage.page import Block, Bullets, Picture, Text, table
 
 WARM_UP = 3  # steps left out of medians of speed: compilation, caches, the first allocation of everything

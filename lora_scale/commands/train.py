@@ -201,10 +201,10 @@ def _run(
     if _is_over(cfg, seen):
         screen.line(f"finished already, at step {step}: {_no_better(seen)}; a larger early_stop.patience goes on")
         return
-    limit = fits.device_gib(here.device)
-    cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, asked.ignore_plan))
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start))
     on_rank_zero(lambda: _check_space(cfg, setup.count(model)))
+    limit = fits.device_gib(here.device)
+    cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, asked.ignore_plan))
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
     for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")

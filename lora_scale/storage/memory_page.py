@@ -57,10 +57,11 @@ def _answer(plan: Mapping[str, Any], measured: Rows) -> str:
     peak, run = largest(measured, "peak_gib"), plan.get("this_run")
     if not run:
         return f"Computed before the run: {plan.get('unknown', MISSING)}."
-    moment = run["moments"][run["peak_moment"]]
-    parts = sorted(((moment[key], label) for key, label in CATEGORIES.items()), reverse=True)[:3]
+    moment = dict(run["moments"][run["peak_moment"]])
+    total = run["allocated"] - (moment.pop("libraries") if peak is None else 0)  # those of CUDA
+    parts = sorted(((moment.get(key, 0), label) for key, label in CATEGORIES.items()), reverse=True)[:3]
     named = ", ".join(f"{label} {binary(nbytes)}" for nbytes, label in parts if nbytes)
-    said = f"The plan puts the fullest moment at {binary(run['allocated'])} a rank, of which: {named}."
+    said = f"The plan puts the fullest moment at {binary(total)} a rank, of which: {named}."
     if peak is None:
         return said
     planned = run["allocated"] / GIB
@@ -105,7 +106,7 @@ def _predicted_beside_measured(plan: Mapping[str, Any], measured: Rows) -> list[
         lines.append(_compared("**peak allocated**", run["allocated"], peak * GIB))
     if reserved is not None:
         lines.append(_compared("peak reserved", run["allocated"] + run["waste"], reserved * GIB))
-    if (host := largest(measured, "rss_peak_gib")) is not None:
+    if peak is not None and (host := largest(measured, "rss_peak_gib")) is not None:
         lines.append(_compared("host memory, peak resident", run["host"], host * GIB))
     note = "The plan is of the rank that holds most; measured is the first rank, after its last step."
     return [table(["a rank", "predicted", "measured", "error"], lines), Text(note)]
