@@ -32,7 +32,7 @@ def peft_steps(cfg: RunConfig, ratio: float) -> dict[str, Tensor]:
     for name, value in random_factors({name: tuple(p.shape) for name, p in named.items()}).items():
         named[name].data.copy_(value)
     optimizer = create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=ratio, weight_decay=cfg.train.weight_decay
+        model, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=ratio, loraplus_weight_decay=cfg.train.weight_decay
     )
     ratios = [group["lr"] for group in optimizer.param_groups]
     blocks, _ = run_data.blocks_of_run(cfg, open_folder(cfg.model.path))

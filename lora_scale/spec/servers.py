@@ -16,7 +16,7 @@ Config = Mapping[str, Any]
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # config/lora.py: MaxLoRARanks, without 1
 VLLM_DEFAULT_RANK = 16
-VLLM_WITHOUT_LORA = ("gpt2", "falcon", "bloom", "gpt_neox")  # their classes lack SupportsLoRA
+VLLM_WITHOUT_LORA = ("gpt2", "falcon", "bloom", "gpt_neox")  # their classes lack SupportsLoRA; version not known
 SGLANG_MODULES = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj"),
     *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "embed_tokens", "lm_head"),
