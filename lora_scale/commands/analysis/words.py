@@ -82,14 +82,14 @@ def _agreement(names: tuple[str, str], opened: Sequence[Opened], survey: Survey)
     whole = [pair.mean(OUTPUT)[-1, -1].item() / pair.expected(OUTPUT)[-1, -1].item() for pair in means]
     each = ", ".join(f"{count} in {group}" for group, count in agreed.items())
     text = (
-        f"{names[0]} and {names[1]}: on dW's output side their first directions agree (mean phi of at least {AGREE:g}) "
-        f"up to number {each}; over all directions phi is {min(whole):.0f} to {max(whole):.0f} times chance."
+        f"{names[0]} and {names[1]}: first directions that agree on dW's output side (mean phi of at least {AGREE:g}): "
+        f"{each}; over all directions phi is {min(whole):.1f} to {max(whole):.1f} times chance."
     )
     if most := max(agreed.values()):
         shared = "one direction" if most == 1 else f"up to {most} directions"
         text += f" What both found again lies in {shared}; the rest of the rank differs from run to run."
     else:
-        text += " They found no common direction."
+        text += " None agrees by that much."
     seeds = {run.name: run.subject.seed for run in opened}
     if not all(START in pair.sums for pair in means):
         return text
