@@ -9,7 +9,7 @@ from statistics import median
 
 from lora_scale.adapters.survey import OUTPUT, START, A, PairMean, Survey
 from lora_scale.commands.analysis.figures import by_group
-from lora_scale.commands.analysis.runs import Opened, same_but_for_seed
+from lora_scale.commands.analysis.runs import Opened, judged_alike, same_but_for_seed
 
 AGREE = 0.5  # phi from which two sets of directions are said to agree
 NO_MORE = 1.5  # times chance up to which a correlation with the weight is not said to be one
@@ -31,6 +31,8 @@ def _losses(opened: Sequence[Opened]) -> str:
         return ""
     best, worst = min(last, key=last.__getitem__), max(last, key=last.__getitem__)
     text = f"Validation loss: {', '.join(f'{name} {loss:.4f}' for name, loss in last.items())}."
+    if not judged_alike([run for run in opened if run.name in last]):
+        return f"{text} They are not of the same rows (data.validation, data.seq_len, eval.max_blocks): not comparable."
     spreads = []
     for group in same_but_for_seed(opened):
         those = [last[run.name] for run in group if run.name in last]
