@@ -225,6 +225,14 @@ def test_what_cannot_be_looked_at_is_said_in_one_line(
     assert not list(tmp_path.glob("**/analysis.*"))
 
 
+def test_losses_of_other_rows_are_not_compared(base: Path, tmp_path: Path) -> None:
+    one, other = make_run(tmp_path / "one", base), make_run(tmp_path / "other", base, seed=1)
+    resolved = other / "config.resolved.json"
+    resolved.write_text(resolved.read_text().replace('"seq_len": 1024', '"seq_len": 512'))
+    assert run_cli(one, other, "--out", tmp_path / "page.html") == 0
+    assert "not comparable" in (tmp_path / "page.md").read_text()
+
+
 def test_modules_that_only_some_adapt_are_left_out(base: Path, tmp_path: Path) -> None:
     run, more = make_run(tmp_path / "run", base), make_run(tmp_path / "more", base, target_modules=["q", "k", "v", "o"])
     assert run_cli(run, more) == 0

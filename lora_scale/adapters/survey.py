@@ -110,7 +110,8 @@ def common_modules(subjects: Sequence[Subject]) -> list[str]:
     first = subjects[0]
     common = [m for m in first.adapter.modules if all(m in s.adapter.modules for s in subjects[1:])]
     if not common:
-        other = next(s for s in subjects if not set(s.adapter.modules) & set(first.adapter.modules))
+        apart = (s for s in subjects if not set(s.adapter.modules) & set(first.adapter.modules))
+        other = next(apart, subjects[-1])
         raise CheckpointError(
             f"{other.name} adapts other modules than {first.name} ({other.adapter.modules[0]} and not "
             f"{first.adapter.modules[0]}); only modules that all of them adapt can be compared"

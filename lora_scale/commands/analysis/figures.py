@@ -48,25 +48,35 @@ def by_group(rows: Sequence[ModuleRow]) -> dict[str, list[ModuleRow]]:
     return groups
 
 
+@contextmanager
+def _series(count: int, height: float) -> Iterator[tuple[list[Any], list[str]]]:
+    """So many panels, four beside each other, in reading order."""
+    columns = min(4, count)
+    with _panels(-(-count // columns), columns, 2.7, height) as (axes, answer):
+        flat = [ax for line in axes for ax in line]
+        for ax in flat[count:]:
+            ax.set_visible(False)
+        yield flat[:count], answer
+
+
+def _layers(rows: Sequence[ModuleRow]) -> list[int]:
+    return [row.layer if row.layer is not None else at for at, row in enumerate(rows)]
+
+
 def spectra(survey: Survey, names: Sequence[str]) -> str:
     """Singular values over the first one: median over the layers, and the range of the middle 80%."""
     groups = list(by_group(survey.modules).items())[:MAX_GROUPS]
-    columns = min(4, len(groups))
-    with _panels(-(-len(groups) // columns), columns, 2.7, 2.1) as (axes, answer):
-        for number, (group, rows) in enumerate(groups):
-            ax = axes[number // columns][number % columns]
+    with _series(len(groups), 2.1) as (axes, answer):
+        for ax, (group, rows) in zip(axes, groups, strict=True):
             for colour, name in zip(COLOURS * len(names), names, strict=False):
                 curves = [[v / s.values[0] for v in s.values] for row in rows if (s := row.spectra[name]).norm]
-                columns_of_values = list(zip(*curves, strict=False))
-                x = range(1, len(columns_of_values) + 1)
-                ordered = [sorted(column) for column in columns_of_values]
+                ordered = [sorted(column) for column in zip(*curves, strict=False)]
+                x = range(1, len(ordered) + 1)
                 ax.plot(x, [median(o) for o in ordered], color=colour, marker=".", ms=3, lw=1, label=name)
                 low, high = ([o[int(share * (len(o) - 1))] for o in ordered] for share in (0.1, 0.9))
                 ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
             ax.set(yscale="log", title=f"{group} ({len(rows)} layers)", xlabel="direction", ylabel="value / first")
-        for number in range(len(groups), len(axes) * columns):
-            axes[number // columns][number % columns].set_visible(False)
-        axes[0][0].legend(frameon=False, fontsize=7)
+        axes[0].legend(frameon=False, fontsize=7)
     return answer[0]
 
 
@@ -94,42 +104,39 @@ def heat_maps(pairs: Sequence[PairMean]) -> str:
 
 
 def by_layer(survey: Survey, names: Sequence[str]) -> str:
-    """Against the layer's number: the update's norm (over the weight's, where known), and its amplification factor."""
-    groups = list(by_group(survey.modules).items())[:MAX_GROUPS]
-    known = any(row.correlations for row in survey.modules)
-    with _panels(2 if known else 1, min(4, len(groups)), 2.7, 1.9) as (axes, answer):
-        for number, (group, rows) in enumerate(groups[: len(axes[0])]):
-            rows = [row for row in rows if not known or row.correlations]
-            layers = [row.layer if row.layer is not None else at for at, row in enumerate(rows)]
+    """Against the layer's number: the update's norm (over the weight's, where known), then its amplification factor."""
+    known = [row for row in survey.modules if row.correlations]
+    groups = list(by_group(known or survey.modules).items())[:MAX_GROUPS]
+    with _series(len(groups) * (2 if known else 1), 1.9) as (axes, answer):
+        for number, (group, rows) in enumerate(groups):
             for colour, name in zip(COLOURS * len(names), names, strict=False):
                 style = {"color": colour, "marker": ".", "ms": 3, "lw": 1, "label": name}
                 norms = [row.spectra[name].norm for row in rows]
                 if known:
                     found = [row.correlations[name] for row in rows]
                     norms = [c.update_norm / c.weight_norm for c in found]
-                    axes[1][number].plot(layers, [c.amplification for c in found], **style)
-                    axes[1][number].set(title=f"{group}: amplification", xlabel="layer")
-                axes[0][number].plot(layers, norms, **style)
+                    axes[len(groups) + number].plot(_layers(rows), [c.amplification for c in found], **style)
+                    axes[len(groups) + number].set(title=f"{group}: amplification", xlabel="layer")
+                axes[number].plot(_layers(rows), norms, **style)
             what = "||dW|| / ||W||" if known else "||dW||"
-            axes[0][number].set(title=f"{group}: {what}", xlabel="layer", ylim=(0, None))
-        axes[0][0].legend(frameon=False, fontsize=7)
+            axes[number].set(title=f"{group}: {what}", xlabel="layer", ylim=(0, None))
+        axes[0].legend(frameon=False, fontsize=7)
     return answer[0]
 
 
 def agreement(survey: Survey) -> str:
     """phi of all directions against the layer's number, on dW's output side, with the level of chance."""
     names = list(dict.fromkeys(pair.names for pair in survey.pairs))
-    groups = list(by_group([row for row in survey.modules if row.pairs]).items())[:4]
-    with _panels(1, len(groups), 2.7, 1.9) as (axes, answer):
-        for ax, (group, rows) in zip(axes[0], groups, strict=True):
-            layers = [row.layer if row.layer is not None else at for at, row in enumerate(rows)]
+    groups = list(by_group([row for row in survey.modules if row.pairs]).items())[:MAX_GROUPS]
+    with _series(len(groups), 1.9) as (axes, answer):
+        for ax, (group, rows) in zip(axes, groups, strict=True):
             for colour, pair in zip(COLOURS * len(names), names, strict=False):
                 label, style = " and ".join(pair), {"color": colour, "lw": 1, "marker": ".", "ms": 3}
-                ax.plot(layers, [row.pairs[pair][OUTPUT][1] for row in rows], label=label, **style)
-                widest = max(rows[0].spectra[name].r for name in pair)
+                ax.plot(_layers(rows), [row.pairs[pair][OUTPUT][1] for row in rows], label=label, **style)
+                widest = max(len(rows[0].spectra[name].values) for name in pair)
                 ax.axhline(widest / rows[0].shape[0], color=colour, lw=0.7, ls=":")
             ax.set(title=f"{group}: phi, dW, output side", xlabel="layer", ylim=(0, 1))
-        axes[0][0].legend(frameon=False, fontsize=6)
+        axes[0].legend(frameon=False, fontsize=6)
     return answer[0]
 
 

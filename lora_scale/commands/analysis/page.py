@@ -6,6 +6,7 @@ Figures in the tables are medians over layers; every module's own are in the JSO
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
+from math import isfinite
 from statistics import mean, median
 from typing import Any
 
@@ -124,7 +125,7 @@ def as_json(opened: Sequence[Opened], survey: Survey, base: str, history: Histor
         "modules": [
             asdict(row)
             | {"pairs": {" and ".join(pair): found for pair, found in row.pairs.items()}}
-            | {"amplification": {name: c.amplification for name, c in row.correlations.items()}}
+            | {"amplification": {name: _finite(c.amplification) for name, c in row.correlations.items()}}
             for row in survey.modules
         ],
         "pairs": [
@@ -143,12 +144,20 @@ def as_json(opened: Sequence[Opened], survey: Survey, base: str, history: Histor
     }
 
 
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None  # JSON has no word for infinity
+
+
 def _notes(opened: Sequence[Opened], survey: Survey) -> list[str]:
     notes = []
     counts = {run.name: len(run.subject.adapter.modules) for run in opened}
     if any(count != len(survey.modules) for count in counts.values()):
         each = ", ".join(f"{name} {count}" for name, count in counts.items())
         notes.append(f"Only the {len(survey.modules)} modules that all of them adapt are compared ({each}).")
+    if (groups := len(by_group(survey.modules))) > figures.MAX_GROUPS:
+        notes.append(
+            f"{figures.MAX_GROUPS} of {groups} kinds of modules are drawn; the tables and the JSON file have all."
+        )
     if survey.left_out:
         notes.append(
             f"{len(survey.left_out)} modules, first {survey.left_out[0]}, have an update of zero in some run: "

@@ -116,8 +116,9 @@ def find_base(opened: Sequence[Opened], given: str | None) -> tuple[ModelFolder 
         if given is not None:
             raise
         return None, f"The base was not read: {reason}."
+    here = fingerprint(folder)
     for run in opened:
-        if run.state and run.state.base_fingerprint != (here := fingerprint(folder)):
+        if run.state and run.state.base_fingerprint != here:
             raise CheckpointError(
                 f"{run.name} was trained on another base than {folder.path}: its fingerprint is "
                 f"{run.state.base_fingerprint[:19]}..., this folder's {here[:19]}...; give --base with the run's model"
@@ -133,6 +134,19 @@ def _open_base(opened: Sequence[Opened], given: str | None) -> ModelFolder:
     if given is None and not Path(model.path).expanduser().exists():
         raise ModelError(f"{model.path} is no folder here; give --base")
     return open_folder(hub.resolve(model), model.trust_remote_code)
+
+
+def judged_alike(opened: Sequence[Opened]) -> bool:
+    """Whether the runs' validation losses are of the same tokens, so that they can be compared."""
+    judged = set()
+    for run in opened:
+        data = {key: value for key, value in run.config.get("data", {}).items() if key != "packing"}
+        if not isinstance(data.get("validation"), float):  # a fraction is of the training rows, as the seed draws them
+            data = {key: data.get(key) for key in ("validation", "seq_len", "train_on")}
+        else:
+            data["seed"] = run.config.get("seed")
+        judged.add(json.dumps([data, run.config.get("eval", {}).get("max_blocks")], sort_keys=True))
+    return len(judged) == 1
 
 
 def same_but_for_seed(opened: Sequence[Opened]) -> list[list[Opened]]:

@@ -9,7 +9,7 @@ from statistics import median
 
 from lora_scale.adapters.survey import OUTPUT, START, A, PairMean, Survey
 from lora_scale.commands.analysis.figures import by_group
-from lora_scale.commands.analysis.runs import Opened, same_but_for_seed
+from lora_scale.commands.analysis.runs import Opened, judged_alike, same_but_for_seed
 
 AGREE = 0.5  # phi from which two sets of directions are said to agree
 NO_MORE = 1.5  # times chance up to which a correlation with the weight is not said to be one
@@ -31,6 +31,8 @@ def _losses(opened: Sequence[Opened]) -> str:
         return ""
     best, worst = min(last, key=last.__getitem__), max(last, key=last.__getitem__)
     text = f"Validation loss: {', '.join(f'{name} {loss:.4f}' for name, loss in last.items())}."
+    if not judged_alike([run for run in opened if run.name in last]):
+        return f"{text} They are not of the same rows (data.validation, data.seq_len, eval.max_blocks): not comparable."
     spreads = []
     for group in same_but_for_seed(opened):
         those = [last[run.name] for run in group if run.name in last]
@@ -82,14 +84,14 @@ def _agreement(names: tuple[str, str], opened: Sequence[Opened], survey: Survey)
     whole = [pair.mean(OUTPUT)[-1, -1].item() / pair.expected(OUTPUT)[-1, -1].item() for pair in means]
     each = ", ".join(f"{count} in {group}" for group, count in agreed.items())
     text = (
-        f"{names[0]} and {names[1]}: on dW's output side their first directions agree (mean phi of at least {AGREE:g}) "
-        f"up to number {each}; over all directions phi is {min(whole):.0f} to {max(whole):.0f} times chance."
+        f"{names[0]} and {names[1]}: first directions that agree on dW's output side (mean phi of at least {AGREE:g}): "
+        f"{each}; over all directions phi is {min(whole):.1f} to {max(whole):.1f} times chance."
     )
     if most := max(agreed.values()):
         shared = "one direction" if most == 1 else f"up to {most} directions"
         text += f" What both found again lies in {shared}; the rest of the rank differs from run to run."
     else:
-        text += " They found no common direction."
+        text += " None agrees by that much."
     seeds = {run.name: run.subject.seed for run in opened}
     if not all(START in pair.sums for pair in means):
         return text
