@@ -3,6 +3,7 @@
 A verb's module is imported when that verb is chosen, so that `--help` needs nothing but click.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -25,6 +26,13 @@ VERBS = {
     "config": "Print every key with its value and origin, or the JSON Schema.",
     "report": "Turn a run directory into a page: memory, loss, speed.",
     "doctor": "Look for what would hurt a run on this machine.",
+}
+
+
+EXTRAS = {  # what pyproject.toml calls them: the packages that are missed without them
+    "train": ("torch", "deepspeed", "transformers", "tokenizers", "huggingface_hub", "safetensors", "peft", "jinja2"),
+    "data": ("datasets", "pyarrow"),
+    "mpi": ("mpi4py",),
 }
 
 
@@ -68,11 +76,19 @@ def verbs() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit. A verb returns None for 0, or raises; an unexpected exception keeps its traceback."""
     try:
-        code = verbs.main(args=arguments, prog_name="lora-scale", standalone_mode=False)
+        color = False if os.environ.get("NO_COLOR") else None  # None: where there is a terminal
+        code = verbs.main(args=arguments, prog_name="lora-scale", standalone_mode=False, color=color)
     except LoraScaleError as error:
         for line in str(error).splitlines():
             click.echo(f"lora-scale: error: {line}", err=True)
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
+            raise
+        click.echo(f"lora-scale: error: this needs {package}; pip install 'lora-scale[{extra}]'", err=True)
+        code = 2
     except click.ClickException as error:
         error.show()
         if isinstance(error, click.NoSuchOption) and "." in error.option_name:

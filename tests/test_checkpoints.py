@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_scale.spec.errors import DoesNotFitError
 from lora_scale.storage import checkpoints
 from lora_scale.storage.weights import write_safetensors
 
@@ -101,3 +102,18 @@ def test_a_damaged_one_makes_room_for_the_same_step(tmp_path: Path) -> None:
         assert not path.exists()
     assert checkpoints.list_damaged(tmp_path) == []
     assert checkpoints.set_aside_damaged(tmp_path) == []
+
+
+def test_the_best_is_never_rotated_away(tmp_path: Path) -> None:
+    paths = [write(tmp_path, step) for step in (1, 2, 3, 4)]
+    checkpoints.mark_best(tmp_path, 1)
+    assert checkpoints.prune(tmp_path, keep=1) == paths[1:3]
+    assert (tmp_path / "best").resolve() == paths[0].resolve()
+    checkpoints.mark_best(tmp_path, 4)
+    assert checkpoints.prune(tmp_path, keep=1) == [paths[0]] and (tmp_path / "best" / "state.json").is_file()
+
+
+def test_a_disk_without_room_is_told_before_it_is_full(tmp_path: Path) -> None:
+    checkpoints.check_space(tmp_path, 1, 3)
+    with pytest.raises(DoesNotFitError, match=r"GB free; 3 checkpoints \(save.keep \+ 1\) of 1,000,000,000.00 GB need"):
+        checkpoints.check_space(tmp_path, 10**18, 3)

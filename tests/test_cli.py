@@ -82,10 +82,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["trian", "run.yaml"], "Error: unknown verb trian; did you mean train?"),
-        (
-            ["banana"],
-            "Error: unknown verb banana; choose plan, prepare, train, launch, export, merge, analyze, config, report",
-        ),
+        (["banana"], "Error: unknown verb banana; choose plan, prepare, train, launch, export, merge, analyze"),
         (["--lr=3"], "Error: No such option '--lr'"),
         (["doctor", "--lora.r=16"], "A key of the config is written without dashes: lora.r=16"),
         (["doctor", "extra"], "Error: Got unexpected extra argument"),
@@ -169,3 +166,30 @@ def test_deepspeeds_own_launcher_reaches_the_verb(options: list[str]) -> None:
     assert ("--local_rank=0" in done.stdout + done.stderr) is not bool(options), (
         "the launcher no longer does what this tests"
     )
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "deepspeed", "huggingface_hub", "datasets"):
+    sys.modules[name] = None  # as if it were not installed
+from lora_scale.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_without_the_extras_a_verb_says_which_one_it_needs(tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    config = tmp_path / "run.yaml"
+    config.write_text("{model: org/m, data: {train: ./t}, run_dir: ./r, train: {epochs: 1}}")
+    assert run("train", str(config)) == (
+        2,
+        "",
+        "lora-scale: error: this needs torch; pip install 'lora-scale[train]'\n",
+    )
+    code, out, err = run("prepare", str(config))
+    assert (code, err) == (2, "lora-scale: error: this needs huggingface_hub; pip install 'lora-scale[train]'\n"), out
+    for arguments in (("prepare", "--help"), ("config", "--show", str(config)), ("config", "--schema"), ("--help",)):
+        assert run(*arguments)[0] == 0

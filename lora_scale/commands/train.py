@@ -289,7 +289,7 @@ def _loop(
     if trackers:
         trackers.close()
     on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))  # before any last words
-    if _is_over(cfg, seen) and not result.stop:
+    if done < total and _is_over(cfg, seen) and not result.stop:
         _mark_finished(cfg, done, job.world)
         screen.line(f"finished early, at step {done} of {total}: {_no_better(seen)}")
         return

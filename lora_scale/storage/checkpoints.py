@@ -75,6 +75,7 @@ def set_aside_damaged(folder: Path) -> list[tuple[Path, str]]:
 def mark_best(folder: Path, step: int) -> None:
     """Makes `best` a link to the checkpoint of that step."""
     link = folder / f".best.{os.getpid()}"
+    link.unlink(missing_ok=True)
     os.symlink(name(step), link)
     os.replace(link, folder / BEST)
 

@@ -89,15 +89,19 @@ class Mixture:
         ]
         return "; ".join(found) or "padding only"
 
+    @cached_property
+    def _n_rows(self) -> np.ndarray:
+        """Documents of each block."""
+        return np.concatenate([np.diff(part.starts) for part in self.parts])
+
     def seen(self, numbers: np.ndarray) -> dict[str, tuple[int, int]]:
         """(rows, tokens) that these blocks hold, by source."""
-        places = [self._place(int(number)) for number in numbers[numbers != EMPTY]]
-        counts = {name: (0, 0) for name in self.sources}
-        for part, block in places:
-            rows, tokens = counts[self.sources[part]]
-            blocks = self.parts[part]
-            counts[self.sources[part]] = (rows + blocks.n_rows_of(block), tokens + int(blocks.n_tokens[block]))
-        return counts
+        parts = np.searchsorted(self._firsts, numbers, side="right") - 1
+        rows, tokens = (
+            np.bincount(parts, weights=count[numbers], minlength=len(self.parts))
+            for count in (self._n_rows, self.n_tokens)
+        )
+        return {name: (int(rows[part]), int(tokens[part])) for part, name in enumerate(self.sources)}
 
     def _place(self, number: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._firsts, number, side="right")) - 1

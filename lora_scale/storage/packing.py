@@ -73,10 +73,6 @@ class Blocks:
         """The lines, in the file, of the documents of a block."""
         return self.documents.lines[self.order[self.starts[block] : self.starts[block + 1]]]
 
-    def n_rows_of(self, block: int) -> int:
-        """How many documents a block holds."""
-        return int(self.starts[block + 1] - self.starts[block])
-
     def get(self, block: int) -> Batch:
         """One block; EMPTY gives padding only."""
         return self.batch([block])

@@ -24,8 +24,14 @@ class Step:
     micro_batches: tuple[Batch, ...]
     target_tokens: int  # with loss, over all ranks; at least 1
     tokens: int  # without padding, over all ranks
-    names: str  # this rank's rows, for an error message
+    own: np.ndarray  # this rank's blocks
+    blocks: Mixture
     sources: dict[str, tuple[int, int]]  # (rows, tokens) of each source, over all ranks
+
+    @property
+    def names(self) -> str:
+        """This rank's rows, for an error message."""
+        return self.blocks.names(self.own)
 
 
 class StepPlan:
@@ -77,7 +83,8 @@ class StepPlan:
             micro_batches=tuple(self._blocks.batch(row) for row in own),
             target_tokens=int(self._blocks.n_targets[real].sum()),
             tokens=int(self._blocks.n_tokens[real].sum()),
-            names=self._blocks.names(own.ravel()),
+            own=own.ravel(),
+            blocks=self._blocks,
             sources=self._blocks.seen(real),
         )
 
