@@ -9,28 +9,29 @@ import torch
 from tiny import tiny_folder
 from training import config, write_rows
 
-from lora_scale.parallel import data as run_data
 from lora_scale.parallel import fits
 from lora_scale.parallel.data import Data
+from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.memory import PhaseMemory, Snapshot, measure, since_start
 from lora_scale.parallel.world import World
 from lora_scale.spec import planning
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import DoesNotFitError
+from lora_scale.storage import prepared
 from lora_scale.storage.folder import open_folder
 from lora_scale.storage.steps import StepPlan
 
-ALONE = World("none", 0, 1, 0)
+ALONE = Grid(World("none", 0, 1, 0), 0, 1, 0, 1, None, None, None, None)
 
 
 def data_of(place: Path, **changes: Any) -> tuple[RunConfig, Data, Any]:
     folder = tiny_folder(place / "model")
     cfg = RunConfig.model_validate(config(folder, write_rows(place / "rows.jsonl"), place / "run", **changes))
     opened = open_folder(cfg.model.path)
-    blocks, _ = run_data.blocks_of_run(cfg, opened)
+    blocks, _ = prepared.blocks_of_run(cfg, opened.path, opened.config["vocab_size"])
     train = cfg.train
     plan = StepPlan(blocks, train.global_batch_size, train.micro_batch_size, 0, 1, 0, None, train.max_steps)
-    return cfg, Data(plan, blocks, [], []), opened
+    return cfg, Data(plan, blocks, [], [], ""), opened
 
 
 def test_what_the_data_decide(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from training import _our_name, config, random_factors, write_rows
 from transformers import AutoModelForCausalLM
 
-from lora_scale.parallel import data as run_data
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.schedule import learning_rate
+from lora_scale.storage import prepared
 from lora_scale.storage.folder import open_folder
 from lora_scale.storage.steps import StepPlan
 
@@ -35,7 +35,8 @@ def peft_steps(cfg: RunConfig, ratio: float) -> dict[str, Tensor]:
         model, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=ratio, loraplus_weight_decay=cfg.train.weight_decay
     )
     ratios = [group["lr"] for group in optimizer.param_groups]
-    blocks, _ = run_data.blocks_of_run(cfg, open_folder(cfg.model.path))
+    folder = open_folder(cfg.model.path)
+    blocks, _ = prepared.blocks_of_run(cfg, folder.path, folder.config["vocab_size"])
     plan = StepPlan(blocks, cfg.train.global_batch_size, 1, 0, 1, cfg.seed, None, STEPS)
     for number in range(STEPS):
         step = plan.step(number)

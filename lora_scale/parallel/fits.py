@@ -29,7 +29,8 @@ def job_of(cfg: RunConfig, folder: ModelFolder, data: Data, grid: Grid) -> Job |
     except ModelError:
         return None
     assumed = planning.assumed_work(model)
-    per_node = dist.get_world_size(grid.base_group) * grid.tp_size
+    shares_node = cfg.parallel.base_sharding == "node"
+    per_node = dist.get_world_size(grid.base_group) * grid.tp_size if shares_node else None
     work = Work(masked=assumed.masked and has_masks(data), target_share=target_share(data))
     return planning.job_of(model, cfg, grid_of(model, cfg, grid.world.size, per_node), work)
 
