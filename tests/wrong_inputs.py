@@ -229,7 +229,9 @@ def _launches() -> list[Case]:
         config(group, env=place | {"RANK": "3"}, given="`RANK=3 WORLD_SIZE=1 LOCAL_RANK=0`"),
         config(group, env=place | {"RANK": "one"}, given="`RANK=one WORLD_SIZE=1 LOCAL_RANK=0`"),
         config(group, env=place, given="`RANK=0 WORLD_SIZE=1 LOCAL_RANK=0` and no MASTER_ADDR"),
-        config(group, env=mpi | {"MASTER_ADDR": "::1"}, given="mpirun of two ranks with MASTER_ADDR, but no MASTER_PORT"),
+        config(
+            group, env=mpi | {"MASTER_ADDR": "::1"}, given="mpirun of two ranks with MASTER_ADDR, but no MASTER_PORT"
+        ),
         config(group, env=place | meeting, given="a MASTER_PORT that is taken", arrange=_take_port),
         config(group, env={"DS_ACCELERATOR": "cuda"}, given="`DS_ACCELERATOR=cuda` on a machine without a GPU"),
         config(group, "train.global_batch_size=5", given="two ranks", ranks=2),
