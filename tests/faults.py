@@ -387,7 +387,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
 
     def done(result: Result) -> None:
-        results.append(asdict(result))
+        results.append(asdict(result) | {"message": result.message.replace(sys.prefix, "VENV")})
         print(json.dumps(results[-1]), flush=True)
         record = {
             "what": f"faults in a run of {STEPS} steps on two namespace hosts, one CPU rank each, `lora-scale launch` "
