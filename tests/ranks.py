@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_scale.parallel.launchers import free_port
+from lora_scale.parallel.network import free_port
 
 TESTS = Path(__file__).parent
 HEAVY = ["torch.distributed", "deepspeed", "transformers.models.llama.modeling_llama", "peft", "training"]
