@@ -209,13 +209,16 @@ def _about(row: dict[str, Any], model: Architecture, source: str, cfg: RunConfig
         lines[1] += f": r={cfg.lora.r} on {', '.join(cfg.lora.target_modules)}"
         if (sentence := targets.fused(model, cfg.lora)) is not None:
             lines.append(f"        {sentence}")
+    tp = row["tensor_parallel_size"]
+    shared = f"tensor parallel {tp}, " if tp > 1 else ""
+    copies = f"{row['ranks'] // tp} data-parallel ranks" if tp > 1 else _gpus(row["ranks"])
     lines.append(
-        f"ranks   {row['ranks']} ({grid[0]} x {grid[1]}), ZeRO-{cfg.parallel.zero_stage}, {cfg.precision}, recompute "
-        f"{cfg.recompute}"
+        f"ranks   {row['ranks']} ({grid[0]} x {grid[1]}), {shared}ZeRO-{cfg.parallel.zero_stage}, {cfg.precision}, "
+        f"recompute {cfg.recompute}"
     )
     lines.append(
         f"step    {cfg.train.global_batch_size} x {cfg.data.seq_len} tokens = {cfg.train.micro_batch_size} a pass x "
-        f"{_gpus(row['ranks'])} x {accumulation} accumulated"
+        f"{copies} x {accumulation} accumulated"
     )
     return lines
 
