@@ -213,7 +213,7 @@ def mend(fault: str, hosts: Cluster, job: Job) -> None:
 
 
 DURING: dict[str, tuple[Fault, str]] = {  # in a run: how, and what the error must say
-    "SIGKILL of a rank": (kill_rank, r"rank 1 on node-b, step \d+: .*(SIGKILL|ended without a word)"),
+    "SIGKILL of a rank": (kill_rank, r"rank 1 on node-b, (step \d+|set-up): .*(SIGKILL|ended without a word)"),
     "SIGKILL of the launcher": (kill_launcher, ""),
     "SIGKILL of sshd": (kill_sshd, r"node-b"),
     "exception": (raise_exception, r"rank 1 on node-b, step \d+: .*KeyError"),

@@ -106,7 +106,7 @@ def reference(tree: dict[str, Any]) -> Trace:
             module.p = 0.0
     model.requires_grad_(False)
     named = REFERENCES[cfg.method](model, {name: nn.Parameter(value) for name, value in start.items()})
-    return _reference_steps(model, cfg, named, STEPS)
+    return _reference_steps(model, cfg, named, STEPS, None)
 
 
 def trained(cfg: RunConfig) -> dict[str, tuple[int, ...]]:

@@ -102,7 +102,7 @@ def test_replicas_stay_equal_to_the_bit(model: Path, rows: Path, tmp_path: Path)
         f"{stage} {sharding}": tree_of(
             model, rows, tmp_path / "run", 2, parallel__zero_stage=stage, parallel__adapter_sharding=sharding
         )
-        for stage, sharding in ((0, "auto"), (1, "auto"), (3, "replicate"), (3, "zero"))
+        for stage, sharding in ((0, "auto"), (3, "replicate"), (3, "zero"))
     }
     everyone = run_ranks(4, "grid_cases:replicas", trees, folder=tmp_path / "ranks")
     for name in trees:
@@ -111,7 +111,7 @@ def test_replicas_stay_equal_to_the_bit(model: Path, rows: Path, tmp_path: Path)
             for run, digest in rank[name].items():
                 hashes[run].append(digest)
         assert all(len(set(digests)) == 1 for digests in hashes.values()), name
-        assert any(len(digests) == 4 for digests in hashes.values()) or name in ("1 auto", "3 zero"), name
+        assert any(len(digests) == 4 for digests in hashes.values()) or name == "3 zero", name
 
 
 def test_a_checkpoint_fits_every_grid(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -119,13 +119,12 @@ def test_a_checkpoint_fits_every_grid(model: Path, rows: Path, tmp_path: Path) -
     saving = tree_of(model, rows, tmp_path / "run", 2, train__max_steps=10)
     trace = run_ranks(2, "grid_cases:save", saving, step, folder=tmp_path / "save")[0]
     path = str(tmp_path / "run" / f"step-{step:06d}")
-    for ranks, sizes in ((1, (1,)), (2, (1,)), (4, (2, 4))):
+    for ranks, layouts in ((1, ((1, 3),)), (4, ((1, 3), (2, 3), (4, 0)))):
         trees = {
             f"{ranks // tp}x{tp} stage {stage}": {
                 **tree_of(model, rows, tmp_path / "other", tp, train__max_steps=10, parallel__zero_stage=stage)
             }
-            for tp in sizes
-            for stage in (0, 3)
+            for tp, stage in layouts
         }
         found = run_ranks(ranks, "grid_cases:go_on", trees, path, folder=tmp_path / f"on-{ranks}")[0]
         for name, losses in found.items():

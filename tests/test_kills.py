@@ -8,10 +8,10 @@ import pytest
 
 @pytest.mark.ranks
 @pytest.mark.timeout(400)
-def test_three_kills(tmp_path: Path) -> None:
+def test_two_kills(tmp_path: Path) -> None:
     killing.prepare(tmp_path)
-    tally = killing.kill_often(tmp_path, kills=3, seed=30)  # in a save, after one, before the first step
-    assert tally.faults == [] and tally.kills == 3 and tally.runs >= 1
+    tally = killing.kill_often(tmp_path, kills=2, seed=30)
+    assert tally.faults == [] and tally.kills == 2 and tally.runs >= 1
     assert tally.resumed_from, "no kill came after a save: nothing was resumed"
 
 

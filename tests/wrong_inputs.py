@@ -7,7 +7,9 @@ two checkpoints: nothing is imported again, and a case that hangs is found. The 
 are those of the tests of their readers.
 """
 
+import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -405,19 +407,27 @@ def _fork(case: Case, folder: Path, screen: Path, place: Mapping[str, str]) -> i
 
 
 def run_all(cases: Sequence[Case]) -> list[tuple[Case, Answer]]:
-    """Every case with its answer."""
+    """Every case with its answer, two at a time."""
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place, "prepared"))
-        found = []
-        for number, case in enumerate(cases):
-            folder = Path(place, str(number))
-            shutil.copytree(Path(place, "prepared"), folder)
-            (folder / "screen.txt").unlink()
-            if case.group != "Resume":
-                shutil.rmtree(folder / "run")
-            found.append((case, answer(case, folder)))
-            shutil.rmtree(folder)
-    return found
+        CASES.extend(cases)  # forked, not pickled: an arrangement is a function
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            answers = pool.map(functools.partial(_one, Path(place)), range(len(cases)), chunksize=1)
+    return list(zip(cases, answers, strict=True))
+
+
+CASES: list[Case] = []
+
+
+def _one(place: Path, number: int) -> Answer:
+    case, folder = CASES[number], place / str(number)
+    shutil.copytree(place / "prepared", folder)
+    (folder / "screen.txt").unlink()
+    if case.group != "Resume":
+        shutil.rmtree(folder / "run")
+    said = answer(case, folder)
+    shutil.rmtree(folder)
+    return said
 
 
 # --- the page -------------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Row]]:
                     yield reader.line_num, dict(row)
         except csv.Error as error:
             raise DataError(
-                f"{path}, line {reader.line_num}: is not CSV ({error}); quotes inside a field are doubled"
+                f"{path}, line {reader.reader.line_num}: is not CSV ({error}); quotes inside a field are doubled"
             ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}, line {reader.line_num + 1}: is not UTF-8 (byte {error.start})") from None
