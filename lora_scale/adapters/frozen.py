@@ -18,11 +18,12 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed  # the Parameter itself, not its gathered tensor
-        if not transposed:
-            return F.linear(x, weight, bias)
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
-        return y.view(*x.shape[:-1], weight.shape[1])
+        if not transposed:
+            y = F.linear(flat, weight, bias)
+        else:
+            y = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
