@@ -59,6 +59,66 @@ def gathered(y: Tensor, x: Tensor, share: Callable[[Tensor], Tensor]) -> Tensor:
     return with_origin(y, Origin(own.make, own.kept, share))
 
 
+class Sum:
+    """The gradient of a tensor that several linear layers read, added up by their products and not beside them."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None  # (tokens, features)
+
+    def add(self, dy: Tensor, weight: Tensor) -> None:
+        """`dy` (tokens, out) times `weight` (out, features)."""
+        if self._total is None:
+            self._total = dy @ weight
+        else:
+            self._total.addmm_(dy, weight)
+
+    def take(self) -> Tensor | None:
+        total, self._total = self._total, None
+        return total
+
+
+class _Read(torch.autograd.Function):
+    """Identity. Autograd runs its backward after that of all readers, those that gave their part to `Sum` too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Sum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.total, ctx.shape = total, x.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        dx, total = grads[0], ctx.total.take()
+        if total is None:
+            return dx, None
+        total = total.view(ctx.shape)
+        return total if dx is None else dx + total, None
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the layers that read one input (q, k and v; gate and up) add up its gradient in place. To be called when all
+    other hooks are there: what a block reads is what the last of them gives."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        total = Sum()
+        y = same(_Read.apply(x, total), x)
+        y._sum = total  # type: ignore[attr-defined]
+        return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": y})
+
+    for module in model.modules():
+        children = dict(module.named_children())
+        if {"q_proj", "k_proj", "v_proj"} <= children.keys() or {"gate_proj", "up_proj"} <= children.keys():
+            module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def sum_of(x: Tensor) -> Sum | None:
+    """Where the readers of `x` add up its gradient, if they do."""
+    return getattr(x, "_sum", None)
+
+
 def _itself(x: Tensor) -> Tensor:
     return x
 

@@ -20,7 +20,7 @@ class _Update(torch.autograd.Function):
         ctx.mark_dirty(y)
         ctx.save_for_backward(narrow, *made.kept)
         ctx.factors = lora_a, lora_b  # the Parameters themselves: ZeRO-3 gathers them anew for backward
-        ctx.scaling, ctx.make, ctx.share = scaling, made.make, made.share
+        ctx.scaling, ctx.make, ctx.share, ctx.sum = scaling, made.make, made.share, lean.sum_of(x)
         return y
 
     @staticmethod
@@ -33,7 +33,9 @@ class _Update(torch.autograd.Function):
             db = (flat.t() @ narrow).to(lora_b.dtype) * ctx.scaling
         if needs_x or needs_a:
             dnarrow = (flat @ lora_b.data.to(dy.dtype)) * ctx.scaling
-            if needs_x:
+            if needs_x and ctx.sum is not None:
+                ctx.sum.add(dnarrow, lora_a.data.to(dy.dtype))
+            elif needs_x:
                 dx = (dnarrow @ lora_a.data.to(dy.dtype)).view(*dy.shape[:-1], lora_a.shape[1])
             if needs_a:
                 if ctx.share is not None:
