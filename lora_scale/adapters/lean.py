@@ -151,7 +151,7 @@ class _RMSNorm(torch.autograd.Function):
         trains = ctx.needs_input_grad[1]
         if kernels := _kernels(dy):
             size, warps = _settings(x.shape[-1])
-            flat, mode = x.view(-1, x.shape[-1]), _mode(ctx.offset)
+            flat, mode = x.reshape(-1, x.shape[-1]), _mode(ctx.offset)
             more = (
                 ctx.offset,
                 mode,
