@@ -63,18 +63,49 @@ class Sum:
     """The gradient of a tensor that several linear layers read, added up by their products and not beside them."""
 
     def __init__(self) -> None:
-        self._total: Tensor | None = None  # (tokens, features)
+        self.total: Tensor | None = None  # (tokens, features)
+        self._readers = self._added = 0
+
+    def expect(self) -> None:
+        """One more reader will add its part."""
+        self._readers += 1
+
+    def is_last(self) -> bool:
+        """Whether the part that is added now is the last one."""
+        self._added += 1
+        return self._added == self._readers
 
     def add(self, dy: Tensor, weight: Tensor) -> None:
         """`dy` (tokens, out) times `weight` (out, features)."""
-        if self._total is None:
-            self._total = dy @ weight
+        if self.total is None:
+            self.total = dy @ weight
         else:
-            self._total.addmm_(dy, weight)
+            self.total.addmm_(dy, weight)
 
     def take(self) -> Tensor | None:
-        total, self._total = self._total, None
+        total, self.total = self.total, None
         return total
+
+
+Arrival = tuple[int, Callable[[], Any]]  # so many rows more, and what waits for them
+
+
+def let_readers_add(x: Tensor, total: Sum) -> None:
+    """From now on linear layers that read `x` give their part of its gradient to `total`."""
+    x._sum = total  # type: ignore[attr-defined]
+
+
+def let_arrive(x: Tensor, arrivals: list[Arrival]) -> None:
+    """`x` is on its way: its first reader waits for each run of rows before it uses them."""
+    x._arrivals = arrivals  # type: ignore[attr-defined]
+
+
+def arriving(x: Tensor) -> list[Arrival]:
+    """What `x` still waits for; whoever asks must wait."""
+    arrivals: list[Arrival] = getattr(x, "_arrivals", [])
+    if arrivals:
+        let_arrive(x, [])
+    return arrivals
 
 
 class _Read(torch.autograd.Function):
@@ -101,11 +132,11 @@ def share_inputs(model: nn.Module) -> None:
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not (torch.is_grad_enabled() and x.requires_grad) or hasattr(x, "_sum"):
             return None
         total = Sum()
         y = same(_Read.apply(x, total), x)
-        y._sum = total  # type: ignore[attr-defined]
+        let_readers_add(y, total)
         return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": y})
 
     for module in model.modules():
@@ -115,8 +146,11 @@ def share_inputs(model: nn.Module) -> None:
 
 
 def sum_of(x: Tensor) -> Sum | None:
-    """Where the readers of `x` add up its gradient, if they do."""
-    return getattr(x, "_sum", None)
+    """Where a reader of `x` must give its part of the gradient to, if it must."""
+    total: Sum | None = getattr(x, "_sum", None)
+    if total is not None:
+        total.expect()
+    return total
 
 
 def _itself(x: Tensor) -> Tensor:
