@@ -270,7 +270,8 @@ def _loop(
             seen = seen.after(done, val_loss)
         ends = done == total or result.stop or _is_over(cfg, seen)
         best = cfg.save.best is not None and seen.is_best(done)
-        saves = ends or best or bool(cfg.save.every and done % cfg.save.every == 0)
+        at_end = ends and (cfg.save.last or done < total)
+        saves = at_end or best or bool(cfg.save.every and done % cfg.save.every == 0)
         if log:
             log.write_row(row, sync=saves)  # before the save: a run that resumes from it finds all its rows
         if saves:
@@ -288,7 +289,8 @@ def _loop(
             break
     if trackers:
         trackers.close()
-    on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))  # before any last words
+    if saves:  # before any last words
+        on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))
     if done < total and _is_over(cfg, seen) and not result.stop:
         _mark_finished(cfg, done, job.world)
         screen.line(f"finished early, at step {done} of {total}: {_no_better(seen)}")
@@ -342,7 +344,9 @@ def _validation_before(cfg: RunConfig, step: int) -> Validation:
 
 def _check_space(cfg: RunConfig, parameters: setup.Parameters) -> None:
     """Before any GPU hour: a value and two moments in fp32 for everything that trains, `save.keep` + 1 times."""
-    checkpoints.check_space(cfg.run_dir, 12 * parameters.trainable, cfg.save.keep + 1 + (cfg.save.best is not None))
+    save = cfg.save
+    planned = save.keep + 1 + (save.best is not None) if save.last or save.every or save.best else 0
+    checkpoints.check_space(cfg.run_dir, 12 * parameters.trainable, planned)
 
 
 def _enter(run_dir: Path, token: str, screen: Console, stack: contextlib.ExitStack) -> None:

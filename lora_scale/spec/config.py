@@ -162,8 +162,10 @@ class EvalConfig(Section):
 
 
 class SaveConfig(Section):
-    """Checkpoints. The last step is always saved."""
+    """Checkpoints."""
 
+    last: bool = True
+    """Save after the last step. `false` is for runs that are only measured; an interrupted one still saves."""
     every: NonNegative = 0
     """Steps between checkpoints; 0: after the last step only."""
     keep: Positive = 2
