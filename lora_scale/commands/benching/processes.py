@@ -1,6 +1,8 @@
-"""Running one command with all that it starts, until it ends or its time is up; then nothing of it is left.
+"""Running the ranks of one case until they end or their time is up; then nothing of it is left.
 
-Launchers put ranks into sessions of their own, so what belongs to a run is told by a variable of its environment.
+Ranks are started here, each with a launcher's variables, as `torchrun` and `deepspeed` do at the end of theirs: two
+programs fewer import torch, one after the other, for every case. What belongs to a run is told by a variable of its
+environment: a rank may start processes in sessions of their own.
 """
 
 import os
@@ -8,31 +10,59 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lora_scale.parallel.network import free_port
+
 MARK = "LORA_SCALE_BENCH_RUN"
-PATIENCE = 30.0  # seconds
+EVERY = 0.05  # seconds between looks at the ranks
+GRACE = 8.0  # seconds in which the others can say why, once a rank has failed
+PATIENCE = 30.0  # seconds until a process that the kernel holds is given up
 
 
-def run(command: Sequence[str], log: Path, limit: float, cwd: Path) -> int | None:
-    """Exit code; None where `limit` seconds were not enough. It gets this environment whole; output goes to `log`."""
+def run(command: Sequence[str], ranks: int, log: Path, limit: float, cwd: Path) -> int | None:
+    """Exit code, of the first rank that failed; None where `limit` seconds were not enough.
+
+    A rank gets this environment whole. All write to `log`. With 0 ranks it is one process without such variables.
+    """
     token = secrets.token_hex(8)
-    with log.open("w") as output:
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=cwd, env={**os.environ, MARK: token}
-        )
+    children = []
     try:
-        return child.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
+        with log.open("ab") as output:
+            for place in _places(ranks):
+                env = {**os.environ, **place, MARK: token}
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd, env=env
+                )
+                children.append(child)
+        return _wait(children, time.monotonic() + limit)
     finally:  # also on Ctrl-C: a rank that is left holds its GPU
         end(token)
-        child.wait()
+        for child in children:
+            child.wait()
+
+
+def _places(ranks: int) -> list[Mapping[str, str]]:
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] or [{}]
+
+
+def _wait(children: list[subprocess.Popen[bytes]], deadline: float) -> int | None:
+    failed = None
+    while time.monotonic() < deadline:
+        codes = [child.poll() for child in children]
+        if failed is None and (bad := [code for code in codes if code]):
+            failed, deadline = bad[0], min(deadline, time.monotonic() + GRACE)
+        if None not in codes:
+            return failed or 0
+        time.sleep(EVERY)
+    return failed
 
 
 def end(token: str) -> None:
-    """Kill what runs with this mark, again until there is nothing; a process that the kernel holds is given up."""
+    """Kill what runs with this mark, again until there is nothing."""
     mark, deadline = f"{MARK}={token}".encode(), time.monotonic() + PATIENCE
     while (left := [pid for pid in _others() if mark in _environment(pid)]) and time.monotonic() < deadline:
         for pid in left:
@@ -40,7 +70,7 @@ def end(token: str) -> None:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        time.sleep(0.1)
+        time.sleep(EVERY)
 
 
 def _others() -> list[int]:

@@ -17,13 +17,12 @@ from typing import Any
 
 from lora_scale.commands.benching import materials, processes
 from lora_scale.commands.benching.cases import MODELS, OURS, Case
-from lora_scale.parallel.network import free_port
 from lora_scale.spec.errors import CheckpointError, LoraScaleError, UsageError
 from lora_scale.storage.runlog import read_manifest, read_metrics, read_resolved_config
 
 SKIPPED = 3  # steps at the start: compilation, caches, the first allocation of everything
 GIB = 1 << 30
-ALONE = ("peft_single",)  # scripts that know no ranks: started without a launcher
+ALONE = ("peft_single",)  # scripts that know no ranks
 Row = dict[str, Any]
 
 
@@ -67,9 +66,11 @@ def measure(name: str, case: Case, bench: Bench) -> Row:
     except LoraScaleError as error:
         return row | {"failed": str(error)}
     bench.log(name).parent.mkdir(parents=True, exist_ok=True)
+    bench.log(name).unlink(missing_ok=True)
     row["command"] = shlex.join(["python", *command[1:]])
     began = time.monotonic()
-    code = processes.run(command, bench.log(name), case.limit, materials.ROOT)
+    ranks = 0 if case.peer in ALONE else case.gpus
+    code = processes.run(command, ranks, bench.log(name), case.limit, materials.ROOT)
     row["seconds_in_all"] = round(time.monotonic() - began, 1)
     if code != 0:
         why = f"not over after {case.limit:g} s" if code is None else f"exit code {code}"
@@ -89,17 +90,15 @@ def _ours(name: str, case: Case, folder: Path, bench: Bench) -> list[str]:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(materials.config(folder, case.seq_len, run_dir, bench.work, **train), indent=1))
     command = [sys.executable, "-m", "lora_scale", "train", str(file), *case.settings]
-    return [*command, "--ranks", str(case.gpus), "--ignore-plan"]
+    return [*command, "--ignore-plan"]
 
 
 def _peer(name: str, case: Case, folder: Path, bench: Bench) -> list[str]:
     assert case.blocks == case.gpus * case.micro, f"{name}: peers' scripts do not accumulate"
-    launcher = [] if case.peer in ALONE else ["-m", "torch.distributed.run", "--nproc_per_node", str(case.gpus)]
-    launcher += ["--master_port", str(free_port())] if launcher else []
     rows = materials.rows_in_order(case.seq_len, bench.work)
     words = {"seq": case.seq_len, "mb": case.micro, "steps": bench.steps + SKIPPED, "rows": rows, "tag": name}
     options = [word for key, value in words.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, *launcher, materials.script(f"peers/{case.peer}.py"), str(folder), *options, *case.settings]
+    return [sys.executable, materials.script(f"peers/{case.peer}.py"), str(folder), *options, *case.settings]
 
 
 def _steps(case: Case, bench: Bench) -> int:
