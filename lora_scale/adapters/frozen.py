@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_scale.adapters import lean
+
 
 class _FrozenMatmul(torch.autograd.Function):
     """y = x W^T + b for W (out, in), or x W + b for a Conv1D's W (in, out); gradient for x only."""
@@ -18,17 +20,22 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed  # the Parameter itself, not its gathered tensor
-        if not transposed:
-            return F.linear(x, weight, bias)
+        ctx.sum = lean.sum_of(x)
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
-        return y.view(*x.shape[:-1], weight.shape[1])
+        if not transposed:
+            y = F.linear(flat, weight, bias)
+        else:
+            y = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        weight = ctx.weight.data
+        weight = ctx.weight.data.t() if ctx.transposed else ctx.weight.data
         dy = grads[0]
-        return dy.matmul(weight.t() if ctx.transposed else weight), None, None, None
+        if ctx.sum is not None:
+            ctx.sum.add(dy.reshape(-1, dy.shape[-1]), weight)
+            return None, None, None, None
+        return dy.matmul(weight), None, None, None
 
 
 class FrozenLinear(nn.Linear):

@@ -2,9 +2,10 @@
 
 Knows no process group and no file. Which modules are adapted: `adapters.targets`; PEFT's names: `adapters.peft`.
 
-Arithmetic: the factors are fp32 and are cast to the activations' dtype for compute, so in fp32 outputs and gradients
-equal PEFT's bit for bit. In bf16 PEFT (autocast_adapter_dtype=True, its default) does the same under torch.autocast;
-without autocast it casts x to fp32 instead and multiplies there, which costs several times more and is not done here.
+Arithmetic: the factors are fp32 and are cast to the activations' dtype for compute; the update is added by the product
+that makes it, so in fp32 outputs and gradients equal PEFT's but for the last bits. In bf16 PEFT
+(autocast_adapter_dtype=True, its default) does the same under torch.autocast, with one rounding more; without autocast
+it casts x to fp32 instead and multiplies there, which costs several times more and is not done here.
 """
 
 import math
@@ -12,11 +13,12 @@ from hashlib import blake2b
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_scale.adapters import lean
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.targets import features, select_targets
+from lora_scale.adapters.update import updated
 from lora_scale.spec.config import LoraConfig
 
 _BASE = ".base_layer."
@@ -58,9 +60,12 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         if self.context is not None and self.dropout > 0.0 and self.training:
-            x = self.context.drop(x, self.name, self.dropout, self.first_feature)
-        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return y + update * self.scaling
+            x = lean.dropped(x, self._drop)
+        return updated(y, x, self.lora_A, self.lora_B, self.scaling)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        assert self.context is not None
+        return self.context.drop(x, self.name, self.dropout, self.first_feature)
 
     def delta_weight(self) -> Tensor:
         """What merging adds to the base's weight, in the weight's own layout (Conv1D: (in, out)), fp32."""

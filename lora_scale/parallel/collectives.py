@@ -8,11 +8,14 @@ sequence, features); `group` is the tensor-parallel group.
     take_sequence      own tokens of all            backward: all-gather
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lora_scale.adapters import lean
 
 
 class _Operator(torch.autograd.Function):
@@ -29,7 +32,7 @@ class _Operator(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: Any) -> Tensor:
-    return _Operator.apply(x, group, _same, _sum)
+    return lean.same(_Operator.apply(x, group, _same, _sum), x)
 
 
 def sum_ranks(x: Tensor, group: Any) -> Tensor:
@@ -37,7 +40,7 @@ def sum_ranks(x: Tensor, group: Any) -> Tensor:
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:
-    return _Operator.apply(x, group, _gather, _scatter)
+    return lean.gathered(_Operator.apply(x, group, _gather, _scatter), x, partial(_scatter, group=group))
 
 
 def scatter_sequence(x: Tensor, group: Any) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from lora_scale.adapters import baselines, initial, peft
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
+from lora_scale.adapters.lean import make_lean, share_inputs
 from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.targets import fused_notes
 from lora_scale.parallel import load, recompute, source, tensor_parallel, zero3
@@ -130,6 +131,8 @@ def build_model(
     `start` is an adapter folder whose factors are taken in place of drawn ones.
     """
     model = load.empty(folder, cfg)
+    if cfg.kernels == "auto":
+        make_lean(model)
     if cfg.method == "full":
         model.requires_grad_(True)
         return model, None, []
@@ -161,6 +164,8 @@ def start_engine(
     world = grid.world
     parameters = count(model)
     cuts = on_every_rank(lambda: cut(cfg, model, folder, grid))
+    if cfg.kernels == "auto":
+        share_inputs(model)
     recompute.apply(model, cfg.recompute)
     if cfg.method != "full":  # a layer that DeepSpeed gathers as one needs an input with a gradient
         model.enable_input_require_grads()  # type: ignore[operator]

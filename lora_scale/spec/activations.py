@@ -8,6 +8,7 @@ are counted by analogy with Llama, and `is_analogy` says so. Attention is sdpa's
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lora_scale.spec.architecture import Architecture, Parameter
 from lora_scale.spec.config import RunConfig
@@ -22,8 +23,9 @@ _LAYER = re.compile(r"^(.*?\.(?:layers|h)\.\d+)\.")
 class Saved:
     """How a family's layer computes, as far as it decides what is saved."""
 
-    fp32_norms: bool = True  # RMSNorm works on an fp32 copy of its input; LayerNorm keeps the input itself
+    norm: Literal["copied", "mean", "lean"] = "copied"  # an fp32 copy; LayerNorm's input and 2 numbers; input and 1
     activation: int = 3  # inner-wide tensors: SwiGLU's gate, its SiLU and up, which the product saves
+    remade: tuple[str, ...] = ()  # inputs of adapters that are made again from what is kept anyway (`adapters.lean`)
     output_kept: bool = False  # whether the activation's result, down's input, is among them
     views: bool = False  # q, k and v are views of one tensor, so that keeping v keeps all of it
     rotary: bool = True  # q and k are new tensors after the rotation
@@ -32,14 +34,21 @@ class Saved:
 
 
 _LLAMA = Saved()
-SAVED = {
+_NORMED = ("attention", "mlp")  # both are outputs of norms
+LEAN = {  # what `kernels: auto` makes of a family
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3"), Saved(norm="lean", activation=2, remade=(*_NORMED, "down"))
+    ),
+    "phi3": Saved(norm="lean", remade=_NORMED, views=True, copies_out=True),
+}
+SAVED = {  # as transformers' own modules keep it
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
     "phi3": replace(_LLAMA, views=True, copies_out=True),
     # gelu_new is written out: its input, half of it, the tanh and 1 + tanh are four tensors
-    "gpt2": Saved(fp32_norms=False, activation=4, views=True, rotary=False),
-    "gpt3": Saved(fp32_norms=False, activation=4, rotary=False),
-    "gpt_neox": Saved(fp32_norms=False, activation=1, views=True, copies_out=True, parallel=True),
-    "opt": Saved(fp32_norms=False, activation=1, output_kept=True, rotary=False),  # ReLU keeps its result
+    "gpt2": Saved(norm="mean", activation=4, views=True, rotary=False),
+    "gpt3": Saved(norm="mean", activation=4, rotary=False),
+    "gpt_neox": Saved(norm="mean", activation=1, views=True, copies_out=True, parallel=True),
+    "opt": Saved(norm="mean", activation=1, output_kept=True, rotary=False),  # ReLU keeps its result
 }
 
 
@@ -65,6 +74,12 @@ class Layer:
     shape: LayerShape
     numel: int
     adapted: tuple[tuple[str, int, int], ...]  # (which input: attention, out, mlp, down; its width; r)
+
+
+def saved_by(model: Architecture, cfg: RunConfig) -> Saved:
+    """How this run's layers compute."""
+    lean = LEAN.get(model.model_type) if cfg.kernels == "auto" else None
+    return lean or SAVED.get(model.model_type, _LLAMA)
 
 
 def is_analogy(model: Architecture) -> bool:
@@ -124,25 +139,29 @@ def kept(model: Architecture, layer: Layer, cfg: RunConfig, *, masked: bool, tp:
     `masked`: several documents a block, so that attention gets a mask: its copy in the working precision is kept by
     every layer, and k and v are repeated for every query head. Split by tensor parallelism: heads and inner features.
     """
-    saved, width, s = SAVED.get(model.model_type, _LLAMA), ITEMSIZE[cfg.precision], layer.shape
-    total = s.norms * norm(saved, s.hidden, width) - (width * s.hidden if saved.parallel else 0)
-    total += _head_norms(s, tp) if s.head_norms else 0
+    saved, width, s = saved_by(model, cfg), ITEMSIZE[cfg.precision], layer.shape
+    shared = tp if cfg.parallel.sequence_parallel else 1  # what stands between the blocks is each rank's tokens only
+    total = (s.norms * norm(saved, s.hidden, width) - (width * s.hidden if saved.parallel else 0)) // shared
+    total += _head_norms(saved, s, width, tp) if s.head_norms else 0
     total += _attention(saved, s, width, masked) // tp
     total += cfg.data.seq_len * width if masked else 0
     total += saved.activation * s.inner * width // tp
     total += s.routed * 2 * s.hidden * width  # each expert's copy of the token, and its output before the weighted sum
     if cfg.method == "full":
         return total + _inputs_of_trained(saved, s, width, tp)
-    return total + _inputs_of_adapted(saved, layer.adapted, cfg.lora.dropout, width, tp)
+    return total + _inputs_of_adapted(saved, layer.adapted, width, tp, shared, dropout=cfg.lora.dropout > 0.0)
 
 
 def norm(saved: Saved, features: int, width: int) -> int:
-    """RMSNorm: its input in fp32 and one reciprocal root; LayerNorm: its input, a mean and a reciprocal root."""
-    return FP32 * features + FP32 if saved.fp32_norms else width * features + 2 * FP32
+    """RMSNorm: its input, copied to fp32 or not, and one reciprocal root; LayerNorm: its input, a mean and a root."""
+    if saved.norm == "copied":
+        return FP32 * features + FP32
+    return width * features + (2 * FP32 if saved.norm == "mean" else FP32)
 
 
-def _head_norms(s: LayerShape, tp: int) -> int:
-    return FP32 * (s.queries + s.keys + s.heads + s.key_heads) // tp
+def _head_norms(saved: Saved, s: LayerShape, width: int, tp: int) -> int:
+    wide = FP32 if saved.norm == "copied" else width
+    return (wide * (s.queries + s.keys) + FP32 * (s.heads + s.key_heads)) // tp
 
 
 def _attention(saved: Saved, s: LayerShape, width: int, masked: bool) -> int:
@@ -156,20 +175,17 @@ def _attention(saved: Saved, s: LayerShape, width: int, masked: bool) -> int:
 
 
 def _inputs_of_adapted(
-    saved: Saved, adapted: Iterable[tuple[str, int, int]], dropout: float, width: int, tp: int
+    saved: Saved, adapted: Iterable[tuple[str, int, int]], width: int, tp: int, shared: int, *, dropout: bool
 ) -> int:
-    """lora_A keeps the input of its module, shared by the modules that read the same one; lora_B keeps its own, r wide.
-
-    With dropout each module has its own input, and the mask beside it, a byte an element.
-    """
+    """Each adapter keeps A x, r wide; and the input of its module, shared by the modules that read the same one, unless
+    it is made again. What dropout leaves of it is always made again, from all tokens."""
     total, seen = 0, set()
     for source, features, r in adapted:
         total += width * r
-        split = tp if source in ("out", "down") else 1
-        if dropout:
-            total += (width + 1) * features // split
-        elif source not in seen and not _is_kept_anyway(saved, source):
-            total += width * features // split
+        if source not in seen and not _is_kept_anyway(saved, source):
+            split = tp if source in ("out", "down") else 1 if dropout else shared
+            if source not in saved.remade or (dropout and shared > 1 and source in _NORMED):
+                total += width * features // split
         seen.add(source)
     return total
 
@@ -178,20 +194,22 @@ def _inputs_of_trained(saved: Saved, s: LayerShape, width: int, tp: int) -> int:
     """Full fine-tuning: the input of every linear layer, and the normed tensor that a norm's weight multiplies."""
     inputs = 2 * s.hidden + (0 if saved.output_kept else s.inner // tp) + (s.queries // tp if saved.copies_out else 0)
     normed = s.norms * s.hidden + (s.queries + s.keys if s.head_norms else 0)
-    return width * (inputs + (normed if saved.fp32_norms else 0))
+    return width * (inputs + (normed if saved.norm == "copied" else 0))
 
 
 def _is_kept_anyway(saved: Saved, source: str) -> bool:
     return (source == "out" and not saved.copies_out) or (source == "down" and saved.output_kept)
 
 
-def workspace(layer: Layer, cfg: RunConfig, tp: int = 1) -> int:
+def workspace(model: Architecture, layer: Layer, cfg: RunConfig, tp: int = 1) -> int:
     """Bytes for one token that a layer's backward pass holds beside what is kept: the larger of its two halves.
 
-    MLP: gradients of the product and its two factors and of the layer's input and output. Attention: gradients of q, k,
-    v and the output, q's in fp32 too (flash attention accumulates it there).
+    MLP: gradients of the product and its two factors and of the layer's input and output; lean, the factors' take the
+    place of the factors. Attention: gradients of q, k, v and the output, q's in fp32 too (flash attention accumulates
+    it there).
     """
     width, s = ITEMSIZE[cfg.precision], layer.shape
-    mlp = width * (3 * s.inner // tp + 2 * s.hidden)
+    wide = 1 if "down" in saved_by(model, cfg).remade else 3
+    mlp = width * (wide * s.inner // tp + 2 * s.hidden)
     attention = (width * 4 * s.queries + FP32 * (s.queries + s.heads)) // tp + width * 2 * s.hidden
     return max(mlp, attention)

@@ -251,6 +251,9 @@ class RunConfig(Section):
     so many
     (elsewhere: gradient or activation checkpointing). `auto`: the fewest that fit by `lora-scale plan`; none without a
     GPU."""
+    kernels: Literal["auto", "none"] = "auto"
+    """`auto`: norms, SwiGLU and rotation of known families by Liger's kernels on GPUs, and in forms that keep less for
+    the backward pass everywhere. `none`: transformers' own modules."""
     resume: Literal["auto", "never"] | PathValue = "auto"
     """`auto` goes on from the newest checkpoint in `run_dir`; `never` refuses a `run_dir` that has one; or the path
     of a checkpoint."""

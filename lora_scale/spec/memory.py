@@ -5,7 +5,7 @@ source, and three constants are calibrated: `LIBRARIES`, `GATHERED_LAYERS`, `WAS
 `CALIBRATED_ON`; a comparison with those proves nothing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from math import ceil
 
@@ -129,11 +129,11 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     kept, again = layers[recomputed:], layers[:recomputed]
     tokens = cfg.train.micro_batch_size * cfg.data.seq_len
     each = {i: tokens * activations.kept(model, i, cfg, masked=work.masked, tp=grid.tp) for i in set(layers)}
-    spaces = {i: tokens * activations.workspace(i, cfg, grid.tp) for i in set(layers)}
+    spaces = {i: tokens * activations.workspace(model, i, cfg, grid.tp) for i in set(layers)}
     gather = gathered(cfg, layers, grid)
     inputs = layer_inputs(model, cfg, recomputed)
     embedding, last_norm = embedding_output(model, cfg), last_norm_input(model, cfg)
-    all_kept = sum(each[layer] for layer in kept) + adapter_casts(made.trained, cfg, len(kept) / max(1, len(layers)))
+    all_kept = sum(each[layer] for layer in kept)
     weights = weight_gradients(cfg, layers, grid)
     before = _moment(states, gathered=gather, layer_inputs=inputs, layers_kept=all_kept, outside=embedding)
     at_loss = {"outside": embedding + last_norm, "logits": logits(model, cfg, work, grid.tp)}
@@ -177,22 +177,28 @@ def recomputed_layers(cfg: RunConfig, layers: int) -> int:
 def layer_inputs(model: Architecture, cfg: RunConfig, recomputed: int) -> int:
     """tokens x hidden for each layer that recomputes; whole on every tensor-parallel rank, unless these share the
     tokens."""
-    shared = cfg.parallel.tensor_parallel_size if cfg.parallel.sequence_parallel else 1
+    shared = cfg.parallel.tensor_parallel_size if shares_tokens(cfg) else 1
     return recomputed * _tokens(cfg) * model.hidden * ITEMSIZE[cfg.precision] // shared
+
+
+def shares_tokens(cfg: RunConfig) -> bool:
+    """Whether each tensor-parallel rank has its own tokens between blocks."""
+    return cfg.parallel.sequence_parallel and cfg.parallel.tensor_parallel_size > 1
 
 
 def embedding_output(model: Architecture, cfg: RunConfig) -> int:
     """A leaf of the graph, held to its end. Where the first layer recomputes it is that layer's input and counted
     there; where norms do not copy, it is what the first one keeps."""
-    width, saved = ITEMSIZE[cfg.precision], activations.SAVED.get(model.model_type, activations.Saved())
-    is_own = cfg.recompute in ("none", 0) and saved.fp32_norms and width < FP32
+    width, saved = ITEMSIZE[cfg.precision], activations.saved_by(model, cfg)
+    is_own = (cfg.recompute in ("none", 0) and saved.norm == "copied" and width < FP32) or shares_tokens(cfg)
     return _tokens(cfg) * width * model.hidden if is_own else 0
 
 
 def last_norm_input(model: Architecture, cfg: RunConfig) -> int:
     """What the norm after the last layer keeps, until backward has passed it."""
-    saved = activations.SAVED.get(model.model_type, activations.Saved())
-    return _tokens(cfg) * activations.norm(saved, model.hidden, ITEMSIZE[cfg.precision])
+    saved = activations.saved_by(model, cfg)
+    nbytes = _tokens(cfg) * activations.norm(saved, model.hidden, ITEMSIZE[cfg.precision])
+    return nbytes // cfg.parallel.tensor_parallel_size if shares_tokens(cfg) else nbytes
 
 
 def logits(model: Architecture, cfg: RunConfig, work: Work, tp: int = 1) -> int:
@@ -212,13 +218,6 @@ def gathered(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:
     if cfg.method == "full":
         live += sum(layer.numel for layer in layers[recomputed_layers(cfg, len(layers)) :])
     return width * min(live, whole) // grid.tp
-
-
-def adapter_casts(trained: Iterable[Shape], cfg: RunConfig, kept_share: float) -> int:
-    """The factors in the working precision, which the layers that do not recompute keep."""
-    if cfg.method == "full" or cfg.precision == "fp32":
-        return 0
-    return int(ITEMSIZE[cfg.precision] * numel(trained) * kept_share)
 
 
 def weight_gradients(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:

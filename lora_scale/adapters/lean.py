@@ -1,0 +1,300 @@
+"""Operations that keep little for backward: norms, SwiGLU, dropout. On a GPU norms, SwiGLU and the rotation are Liger's
+kernels; elsewhere they are the same arithmetic in torch, so that what is kept, and tested, is the same.
+
+A norm keeps its input and a number a row, SwiGLU its two factors, dropout nothing: what they gave is made again when
+backward wants it. A tensor that can be made again carries its `Origin`, and who would keep the tensor keeps that.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SILU = ("SiLU", "SiLUActivation")
+OFFSETS = {  # what a family's norms add to their weight; families that are not named stay as transformers has them
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"), 0.0),
+    **dict.fromkeys(("gemma2", "gemma3_text"), 1.0),
+}
+ROTATED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")  # Liger's rotation is theirs
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a tensor comes to be again: `make(*kept)`.
+
+    `share`: `make` gives this rank's tokens only; a gradient of all tokens, of which this rank has a part, must go
+    through it to be summed over the ranks and cut to them.
+    """
+
+    make: Callable[..., Tensor]
+    kept: tuple[Tensor, ...]
+    share: Callable[[Tensor], Tensor] | None = None
+
+
+def origin(x: Tensor) -> Origin:
+    """What to keep in place of `x`: `x` itself where nothing smaller is known."""
+    return getattr(x, "_origin", None) or Origin(_itself, (x.detach(),))
+
+
+def with_origin(y: Tensor, made: Origin) -> Tensor:
+    """`y`, marked; the mark goes with this Python object only, not with what is computed from it."""
+    y._origin = made  # type: ignore[attr-defined]
+    return y
+
+
+def same(y: Tensor, x: Tensor) -> Tensor:
+    """`y` holds what `x` does."""
+    return with_origin(y, x._origin) if hasattr(x, "_origin") else y
+
+
+def gathered(y: Tensor, x: Tensor, share: Callable[[Tensor], Tensor]) -> Tensor:
+    """`y` is all ranks' `x` side by side along the tokens."""
+    own = origin(x)
+    return with_origin(y, Origin(own.make, own.kept, share))
+
+
+class Sum:
+    """The gradient of a tensor that several linear layers read, added up by their products and not beside them."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None  # (tokens, features)
+
+    def add(self, dy: Tensor, weight: Tensor) -> None:
+        """`dy` (tokens, out) times `weight` (out, features)."""
+        if self._total is None:
+            self._total = dy @ weight
+        else:
+            self._total.addmm_(dy, weight)
+
+    def take(self) -> Tensor | None:
+        total, self._total = self._total, None
+        return total
+
+
+class _Read(torch.autograd.Function):
+    """Identity. Autograd runs its backward after that of all readers, those that gave their part to `Sum` too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Sum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.total, ctx.shape = total, x.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        dx, total = grads[0], ctx.total.take()
+        if total is None:
+            return dx, None
+        total = total.view(ctx.shape)
+        return total if dx is None else dx + total, None
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the layers that read one input (q, k and v; gate and up) add up its gradient in place. To be called when all
+    other hooks are there: what a block reads is what the last of them gives."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        total = Sum()
+        y = same(_Read.apply(x, total), x)
+        y._sum = total  # type: ignore[attr-defined]
+        return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": y})
+
+    for module in model.modules():
+        children = dict(module.named_children())
+        if {"q_proj", "k_proj", "v_proj"} <= children.keys() or {"gate_proj", "up_proj"} <= children.keys():
+            module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def sum_of(x: Tensor) -> Sum | None:
+    """Where the readers of `x` add up its gradient, if they do."""
+    return getattr(x, "_sum", None)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+@cache
+def _liger() -> Any:
+    """Liger's kernels, or None where they are not installed."""
+    if importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("liger_kernel.ops")
+
+
+def _kernels(x: Tensor) -> Any:
+    return _liger() if x.is_cuda else None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dim. offset 1 is Gemma's, which rounds last."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, eps: float, offset: float) -> Tensor:
+        y, rstd = _normed(x, weight, eps, offset)
+        ctx.save_for_backward(x, rstd)
+        ctx.weight, ctx.offset = weight, offset  # the Parameter itself: ZeRO-3 gathers it anew for backward
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, rstd), weight = grads, ctx.saved_tensors, ctx.weight
+        trains = ctx.needs_input_grad[1]
+        if kernels := _kernels(dy):
+            size, warps = _settings(x.shape[-1])
+            flat, mode = x.view(-1, x.shape[-1]), _mode(ctx.offset)
+            more = (
+                ctx.offset,
+                mode,
+                size,
+                warps,
+                False,
+                False,
+                trains,
+            )  # not in place: a sum hands the same gradient on
+            dx, dw = kernels.rms_norm_backward(dy.contiguous(), flat, weight.data, rstd, *more)
+            return dx, dw, None, None
+        width = weight.float() + ctx.offset
+        scaled = (dy.float() * width) if ctx.offset else (dy * weight).float()
+        unit = x.float() * rstd
+        dx = rstd * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
+        dw = (dy.float() * unit).flatten(0, -2).sum(0).to(weight.dtype) if trains else None
+        return dx.to(x.dtype), dw, None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """The norm and, in fp32, a reciprocal root a row."""
+    if kernels := _kernels(x):
+        y, _, rstd, *_ = kernels.rms_norm_forward(x.contiguous(), weight.data, eps, offset, _mode(offset), False)
+        return y, rstd
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (wide * rstd * (offset + weight.float())).to(x.dtype), rstd
+    return weight * (wide * rstd).to(x.dtype), rstd
+
+
+def _mode(offset: float) -> int:
+    """Where Liger rounds to the working precision: before the weight (0, Llama), or after it (1, Gemma)."""
+    return 1 if offset else 0
+
+
+@cache
+def _settings(features: int) -> tuple[int, int]:
+    return importlib.import_module("liger_kernel.ops.utils").calculate_settings(features)
+
+
+class LeanRMSNorm(nn.Module):
+    """A family's own RMSNorm, keeping less. Its attributes are those of the module it was."""
+
+    weight: nn.Parameter
+    offset: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        eps, offset = float(getattr(self, "variance_epsilon", 0.0) or self.eps), self.offset  # type: ignore[arg-type]
+        y = _RMSNorm.apply(hidden_states, self.weight, eps, offset)
+        if not torch.is_grad_enabled():
+            return y
+        return with_origin(y, Origin(lambda x: _normed(x, self.weight, eps, offset)[0], (hidden_states.detach(),)))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _product(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (dy,), (gate, up) = grads, ctx.saved_tensors
+        if kernels := _kernels(dy):
+            return kernels.swiglu_backward(gate, up, dy.contiguous())  # in place of what was kept
+        sigmoid = torch.sigmoid(gate)
+        return dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid
+
+
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    if kernels := _kernels(gate):
+        return kernels.swiglu_forward(gate, up)[2]
+    return F.silu(gate) * up
+
+
+class LeanMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), as Llama's."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        y = _SwiGLU.apply(gate, up)
+        return self.down_proj(with_origin(y, Origin(_product, (gate.detach(), up.detach()))))
+
+
+class _Dropped(torch.autograd.Function):
+    """A mask that can be had again whenever it is asked for: nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.drop = drop
+        return drop(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.drop(grads[0]), None
+
+
+def dropped(x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+    """`drop(x)`, where `drop` multiplies each element by what does not depend on it, the same at every call."""
+    y, before = _Dropped.apply(x, drop), origin(x)
+    if before.share is not None:  # made again are this rank's tokens only, and the mask is for all of them
+        before = Origin(_itself, (x.detach(),))
+    return with_origin(y, Origin(lambda *kept: drop(before.make(*kept)), before.kept))
+
+
+def make_lean(model: nn.Module) -> int:
+    """Turn the norms and SwiGLU products of a known family into their lean forms, in place; how many there were.
+
+    Names and parameters stay. On GPUs with Liger the family's rotation is Liger's from then on, in this process.
+    """
+    model_type = str(model.config.model_type)  # type: ignore[union-attr]
+    if model_type not in OFFSETS:
+        return 0
+    count = 0
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            module.__class__ = LeanRMSNorm
+            module.offset = OFFSETS[model_type]  # type: ignore[assignment]
+            count += 1
+        elif kind.endswith("MLP") and hasattr(module, "gate_proj") and type(module.act_fn).__name__ in SILU:
+            module.__class__ = LeanMLP
+            count += 1
+    if model_type in ROTATED and torch.cuda.is_available() and _liger():
+        vars(sys.modules[type(model).__module__])["apply_rotary_pos_emb"] = _rotated
+    return count
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """transformers' `apply_rotary_pos_emb` for whole heads; where the tensors are not on a GPU, in its own words."""
+    if q.is_cuda:
+        return _liger().LigerRopeFunction.apply(q, k, cos, sin, None, unsqueeze_dim)
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + _half_turned(q) * sin, k * cos + _half_turned(k) * sin
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)

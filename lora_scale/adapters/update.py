@@ -1,0 +1,56 @@
+"""The adapter's part of a layer as one operation: y + scaling * B A x, added into y by the product itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_scale.adapters import lean
+
+
+class _Update(torch.autograd.Function):
+    """Keeps A x, r wide, and what `x` is made of; casts of the factors are made anew in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, lora_a: nn.Parameter, lora_b: nn.Parameter, scaling: float, made: lean.Origin
+    ) -> Tensor:
+        narrow = _flat(x) @ lora_a.to(x.dtype).t()  # (tokens, r)
+        _flat(y).addmm_(narrow, lora_b.to(x.dtype).t(), alpha=scaling)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(narrow, *made.kept)
+        ctx.factors = lora_a, lora_b  # the Parameters themselves: ZeRO-3 gathers them anew for backward
+        ctx.scaling, ctx.make, ctx.share, ctx.sum = scaling, made.make, made.share, lean.sum_of(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (narrow, *kept), (lora_a, lora_b) = grads, ctx.saved_tensors, ctx.factors
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[1:4]
+        flat = _flat(dy)
+        dx = da = db = None
+        if needs_b:
+            db = (flat.t() @ narrow).to(lora_b.dtype) * ctx.scaling
+        if needs_x or needs_a:
+            dnarrow = (flat @ lora_b.data.to(dy.dtype)) * ctx.scaling
+            if needs_x and ctx.sum is not None:
+                ctx.sum.add(dnarrow, lora_a.data.to(dy.dtype))
+            elif needs_x:
+                dx = (dnarrow @ lora_a.data.to(dy.dtype)).view(*dy.shape[:-1], lora_a.shape[1])
+            if needs_a:
+                if ctx.share is not None:
+                    dnarrow = _flat(ctx.share(dnarrow.view(*dy.shape[:-1], -1)))
+                da = (dnarrow.t() @ _flat(ctx.make(*kept))).to(lora_a.dtype)
+        return dy, dx, da, db, None, None
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+
+
+def updated(y: Tensor, x: Tensor, lora_a: nn.Parameter, lora_b: nn.Parameter, scaling: float) -> Tensor:
+    """`y` (..., out) plus scaling * B A x for `x` (..., in), A (r, in), B (out, r); `y` is overwritten.
+
+    The factors may be fp32 beside activations in bf16; products are in the activations' dtype.
+    """
+    return _Update.apply(y.contiguous(), x, lora_a, lora_b, scaling, lean.origin(x))
