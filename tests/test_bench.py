@@ -13,6 +13,7 @@ import pytest
 from lora_scale.cli import main
 from lora_scale.commands.benching import cases, materials, processes, running, tables
 from lora_scale.commands.benching.cases import CASES, GATES, MODELS, TINY, WATERFALLS, Case
+from lora_scale.storage.runlog import read_metrics
 
 RECORD = Path(__file__).parent / "data" / "bench.json"
 
@@ -58,6 +59,11 @@ def test_ours_a_peer_and_a_failing_case_end_to_end(
     assert losses(record, "tiny-zero3") == pytest.approx(losses(record, "tiny-peft"), abs=2e-3)
     assert max(losses(record, "tiny-peft")) - min(losses(record, "tiny-peft")) > 0.02
     assert failed["failed"] == "exit code 2" and "lora.r is 0" in failed["said"][-1]
+    for step in read_metrics(place / "work/runs/tiny-zero3"):
+        phases = step["phase_seconds"]
+        assert list(phases) == ["data", "forward", "backward", "step", "collectives"] and min(phases.values()) > 0
+        assert 0.7 < (sum(phases.values()) - phases["data"]) / step["seconds"] <= 1.001, "phases are disjoint"
+    assert ours["phase_seconds"]["collectives"] > 0
     shown = capsys.readouterr()
     assert "| broken | lora_scale | tiny | 1 | exit code 2 |" in shown.out and "3/3 broken: exit code 2" in shown.err
     work = place / "work"
@@ -255,7 +261,8 @@ def test_the_waterfall_has_a_bar_for_each_change(tmp_path: Path, capsys: pytest.
     assert bench("waterfall", str(RECORD), "--chart", "tp2", "--out", str(out)) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| PEFT + DeepSpeed ZeRO-3, as documented | 100b-peft-zero3 | 1,500 | 1.00x | 1.00x |",
-        "| tensor parallelism for ZeRO-3 | 100b-tp2-all | 2,500 | 1.67x | 1.67x |",
+        "| our ZeRO-3, full recompute + kernels + tensor parallelism for ZeRO-3 | 100b-tp2-all "
+        "| 2,500 | 1.67x | 1.67x |",
         "| recompute: auto | 100b-tp2 | 3,000 | 1.20x | 2.00x |",
     ]
     picture = out.read_text()

@@ -49,7 +49,7 @@ def command(
     lora-scale bench --work /dev/shm/bench --out record.json --only 100b-tp2 --resume
     lora-scale bench --list
     lora-scale bench table record.json
-    lora-scale bench waterfall record.json tp2 --out waterfall.svg
+    lora-scale bench waterfall record.json --chart tp2 --out waterfall.svg
 
     Needs the source tree. A case that fails, is not over in time or needs more GPUs is a row that says so. Checkpoints
     are random weights, written when the first case needs them and deleted after the last.

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora_scale.adapters import lean
+from lora_scale.parallel.clock import exposed
 
 
 class _Operator(torch.autograd.Function):
@@ -57,7 +58,8 @@ def _same(x: Tensor, group: Any) -> Tensor:
 
 def _sum(x: Tensor, group: Any) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(y, group=group)
+    with exposed(y.device):
+        dist.all_reduce(y, group=group)
     return y
 
 
@@ -65,7 +67,9 @@ def _gather(x: Tensor, group: Any) -> Tensor:
     """(batch, tokens, features) of each rank, side by side along the tokens."""
     ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
     parts = x.new_empty(ranks * batch, tokens, features)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    x = x.contiguous()
+    with exposed(x.device):
+        dist.all_gather_into_tensor(parts, x, group=group)
     return parts.view(ranks, batch, tokens, features).movedim(0, 1).reshape(batch, ranks * tokens, features)
 
 
@@ -74,7 +78,9 @@ def _scatter(x: Tensor, group: Any) -> Tensor:
     ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
     parts = x.reshape(batch, ranks, tokens // ranks, features).movedim(1, 0).reshape(-1, tokens // ranks, features)
     own = x.new_empty(batch, tokens // ranks, features)
-    dist.reduce_scatter_tensor(own, parts.contiguous(), group=group)
+    parts = parts.contiguous()
+    with exposed(x.device):
+        dist.reduce_scatter_tensor(own, parts, group=group)
     return own
 
 

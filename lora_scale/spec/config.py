@@ -174,6 +174,11 @@ class SaveConfig(Section):
     """Keep the checkpoint of the lowest validation loss too, in `checkpoints/best`; each evaluation that is the best so
     far saves one."""
 
+    @property
+    def most(self) -> int:
+        """Checkpoints that lie on the disk at once; 0 where none is meant to be written."""
+        return self.keep + 1 + (self.best is not None) if self.last or self.every or self.best else 0
+
 
 class ParallelConfig(Section):
     """How ranks share the work."""

@@ -165,15 +165,16 @@ def losses(rows: Rows) -> str:
 
 
 def waterfall(records: Sequence[dict[str, Any]], chart: str) -> Bars:
-    """The bars of a chart that were measured, from the peer's to ours."""
+    """The bars of a chart, from the peer's to ours. A change that was not measured alone is named by the next bar."""
     if chart not in WATERFALLS:
         raise UsageError(f"--chart is {chart}; choose {', '.join(WATERFALLS)}")
-    rows = merged(records)
-    measured = [
-        (label, name, speed)
-        for label, name in WATERFALLS[chart]
-        if (speed := _figure_of(rows, name, "tokens_per_second")) is not None
-    ]
+    rows, measured, skipped = merged(records), Bars(), list[str]()
+    for label, name in WATERFALLS[chart]:
+        if (speed := _figure_of(rows, name, "tokens_per_second")) is None:
+            skipped.append(label)
+        else:
+            measured.append((" + ".join([*skipped, label]), name, speed))
+            skipped = []
     if len(measured) < 2:
         wanted = ", ".join(name for _, name in WATERFALLS[chart])
         raise UsageError(f"--chart {chart}: a waterfall needs figures of at least two of {wanted}")
