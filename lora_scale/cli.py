@@ -25,6 +25,7 @@ VERBS = {
     "analyze": "Say what updates look like, and what that means for r and targets.",
     "config": "Print every key with its value and origin, or the JSON Schema.",
     "report": "Turn a run directory into a page: memory, loss, speed.",
+    "bench": "Measure speed beside others on this machine's GPUs.",
     "doctor": "Look for what would hurt a run on this machine.",
 }
 

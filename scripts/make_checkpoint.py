@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write a Llama-shaped checkpoint of random weights, as a folder from the hub: several safetensors files and an index.
+"""Write a Llama-shaped checkpoint of random weights, as a folder from the hub: several safetensors files and an index,
+and a tokenizer that only has the right number of ids: it is for rows that are token ids already.
 
     python scripts/make_checkpoint.py 8b /dev/shm/llama-7.2b
     python scripts/make_checkpoint.py 100b /dev/shm/slice --layers 30
@@ -92,6 +93,12 @@ def config(preset: str, n_layers: int, dtype: str) -> dict[str, object]:
     }
 
 
+def tokenizer(vocabulary: int) -> dict[str, object]:
+    """tokenizer.json of one word for each id."""
+    words = {f"<{number}>": number for number in range(vocabulary)}
+    return {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": words, "unk_token": "<0>"}}
+
+
 def values(name: str, shape: Shape, dtype: str) -> np.ndarray:
     """Random elements as raw bits, seeded by the name: sign, mantissa, and the lowest two bits of the exponent."""
     unsigned, mantissa, small, one = FORMATS[dtype]
@@ -162,6 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
         index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
         (args.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (args.folder / "config.json").write_text(json.dumps(config(args.preset, n_layers, args.dtype), indent=2))
+    (args.folder / "tokenizer.json").write_text(json.dumps(tokenizer(PRESETS[args.preset][5])))
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<0>", "eos_token": "<2>", "pad_token": "<2>"}
+    (args.folder / "tokenizer_config.json").write_text(json.dumps(words))
     seconds = round(time.perf_counter() - start, 1)
     print(json.dumps({"parameters": numel, "bytes": nbytes, "files": len(names), "seconds": seconds}))
 

@@ -12,8 +12,6 @@ are those that constants in lora_scale/spec/memory.py come from; they do not cou
 
 import argparse
 import json
-import os
-import random
 import shlex
 import subprocess
 import sys
@@ -24,13 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from lora_scale.commands.benching import materials
 from lora_scale.spec.memory import CALIBRATED_ON, GIB
 from lora_scale.storage import provenance
 from lora_scale.storage.runlog import read_manifest, read_memory, read_metrics
 
-ROOT = Path(__file__).parent.parent
 STEPS = 4  # the first allocates, the others repeat; a peak needs no median
-TOKENIZER = "import pathlib, sys, tiny_tokenizer as t; t.write_tokenizer(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,44 +72,18 @@ TINY = {
 }
 
 
-def checkpoint(case: Case, work: Path) -> Path:
-    """A folder of random weights, written once."""
-    folder = work / f"{case.preset}-{case.layers or 'all'}"
-    if not (folder / "config.json").is_file():
-        layers = ["--layers", str(case.layers)] if case.layers else []
-        _run([sys.executable, str(ROOT / "scripts/make_checkpoint.py"), case.preset, str(folder), *layers])
-        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-        _run([sys.executable, "-c", TOKENIZER, str(folder), str(vocabulary)], {"PYTHONPATH": str(ROOT / "tests")})
-    return folder
-
-
-def rows_file(case: Case, work: Path) -> Path:
-    """Rows that fill a block each, so that there is no mask and every position has a target."""
-    path = work / f"rows-{case.seq_len}.jsonl"
-    if not path.is_file():
-        draw = random.Random(0)
-        rows = ([draw.randrange(3, 900) for _ in range(case.seq_len)] for _ in range(64))
-        path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return path
-
-
 def measure(name: str, case: Case, work: Path) -> dict[str, Any]:
     """The row of one run: command, planned and measured; or why there is none."""
     run_dir = work / "runs" / name
     micro = next((int(c.partition("=")[2]) for c in case.changes if c.startswith("train.micro_batch_size=")), 1)
     split = next((int(c.partition("=")[2]) for c in case.changes if c.startswith("parallel.tensor")), 1)
     config = work / f"{name}.yaml"
-    tree = {
-        "model": {"path": str(checkpoint(case, work))},
-        "data": {"train": str(rows_file(case, work)), "seq_len": case.seq_len, "packing": False},
-        "run_dir": str(run_dir),
-        "resume": "never",
-        "train": {"max_steps": STEPS, "global_batch_size": micro * case.ranks // split},
-    }
-    config.write_text(json.dumps(tree))
+    folder, blocks = materials.checkpoint(case.preset, case.layers, work), micro * case.ranks // split
+    train = {"max_steps": STEPS, "global_batch_size": blocks}
+    config.write_text(json.dumps(materials.config(folder, case.seq_len, run_dir, work, **train)))
     command = [sys.executable, "-m", "lora_scale", "train", str(config), *case.changes]
     command += ["--ranks", str(case.ranks), "--ignore-plan"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=materials.ROOT, capture_output=True, text=True, check=False)
     row = {"name": name, "calibration": case.calibration, "ranks": case.ranks, "command": shlex.join(command[1:])}
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-3:]
@@ -182,10 +153,6 @@ def run(arguments: argparse.Namespace) -> None:
         record["rows"].append(measure(name, case, arguments.work))
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
-
-
-def _run(command: list[str], env: dict[str, str] | None = None) -> None:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(env or {})})
 
 
 def main() -> None:

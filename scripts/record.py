@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from lora_scale.commands.benching import tables as tables_of_bench
 from lora_scale.storage import provenance
 from lora_scale.storage.runlog import read_manifest, read_metrics, read_resolved_config
 
@@ -122,7 +123,9 @@ def tables(arguments: argparse.Namespace) -> None:
     ]
     for path in sorted(arguments.folder.glob("*.json")):
         record = json.loads(path.read_text())
-        if "title" in record:
+        if record.get("kind") == "bench":
+            text += _bench(path.name, record)
+        elif "title" in record:
             text += _table(path.name, record)
         if "faults" in record:
             text += _fault_table(path.name, record)
@@ -152,6 +155,13 @@ def _table(file: str, record: dict[str, Any]) -> list[str]:
             f"| {step['median']:.3f}{spread} | {memory} | {row['load_seconds']:.1f} | {save} |"
         )
     return [*lines, ""]
+
+
+def _bench(file: str, record: dict[str, Any]) -> list[str]:
+    """As `lora-scale bench table` prints it."""
+    device, commit = record["hardware"].get("device"), str(record["commit"])[:10]
+    head = [f"## {record['title']} ({file})", "", f"{device}; commit `{commit}`; record [{file}]({file}).", ""]
+    return [*head, tables_of_bench.markdown([record]), ""]
 
 
 def _fault_table(file: str, record: dict[str, Any]) -> list[str]:

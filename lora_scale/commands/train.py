@@ -245,7 +245,7 @@ def _loop(
     snapshot = memory.Snapshot(cfg.memory.snapshot_steps, runlog.log_path(cfg.run_dir, job.world.rank))
     started = time.perf_counter()
     stop.in_loop = True
-    for number, step in enumerate(data.plan.steps(first), start=first):
+    for number, step in enumerate(engine.clock.timed("data", data.plan.steps(first)), start=first):
         begin, done = time.perf_counter(), number + 1
         lr = learning_rate(number, total, cfg.train)
         begin_time = time.time()
@@ -270,7 +270,8 @@ def _loop(
             seen = seen.after(done, val_loss)
         ends = done == total or result.stop or _is_over(cfg, seen)
         best = cfg.save.best is not None and seen.is_best(done)
-        saves = ends or best or bool(cfg.save.every and done % cfg.save.every == 0)
+        last = ends and (cfg.save.last or done < total)
+        saves = last or best or bool(cfg.save.every and done % cfg.save.every == 0)
         if log:
             log.write_row(row, sync=saves)  # before the save: a run that resumes from it finds all its rows
         if saves:
@@ -288,7 +289,8 @@ def _loop(
             break
     if trackers:
         trackers.close()
-    on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))  # before any last words
+    if saves:  # before any last words
+        on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))
     if done < total and _is_over(cfg, seen) and not result.stop:
         _mark_finished(cfg, done, job.world)
         screen.line(f"finished early, at step {done} of {total}: {_no_better(seen)}")
@@ -316,7 +318,7 @@ def _line(row: dict[str, Any], total: int, first: int, val_loss: float | None, s
     text += f" lr {row['lr']:.1e} norm {row['grad_norm']:.2f} {row['tokens_per_second']:,.0f} tokens/s"
     if done >= first + 3:
         text += f" {left / 60:.0f} min left" if left > 90 else f" {left:.0f} s left"
-    return text
+    return f"{text}, {metrics.in_words(row)}"  # a terminal shows what it has room for
 
 
 def _must_end(stop: StopRequest, end_of_job: Deadline, step_seconds: float, save_seconds: float) -> bool:
@@ -342,7 +344,7 @@ def _validation_before(cfg: RunConfig, step: int) -> Validation:
 
 def _check_space(cfg: RunConfig, parameters: setup.Parameters) -> None:
     """Before any GPU hour: a value and two moments in fp32 for everything that trains, `save.keep` + 1 times."""
-    checkpoints.check_space(cfg.run_dir, 12 * parameters.trainable, cfg.save.keep + 1 + (cfg.save.best is not None))
+    checkpoints.check_space(cfg.run_dir, 12 * parameters.trainable, cfg.save.most)
 
 
 def _enter(run_dir: Path, token: str, screen: Console, stack: contextlib.ExitStack) -> None:

@@ -1,12 +1,47 @@
-"""Seconds by phase of a step, and memory with them. On a GPU the device's own time, read once a step."""
+"""Seconds by phase of a step, and memory with them. On a GPU the device's own time, read once a step.
+
+What waits for other ranks is timed wherever a collective is issued (`exposed`) and taken out of the phase around it.
+Autograd issues some in its backward, with no handle on the engine: hence one list, of the phase this process is in.
+"""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from lora_scale.parallel.memory import PhaseMemory
+
+COLLECTIVES = "collectives"
+T = TypeVar("T")
+Moment = float | torch.cuda.Event  # seconds, or an event on the current stream
+
+
+@dataclass(slots=True)
+class Span:
+    """One phase, and the waits for other ranks in it."""
+
+    name: str
+    start: Moment
+    end: Moment | None = None
+    waits: list[tuple[Moment, Moment]] = field(default_factory=list)
+
+
+_open: list[Span] = []  # the phase this process is in, if any: outside of steps nothing is kept
+
+
+@contextmanager
+def exposed(device: torch.device) -> Iterator[None]:
+    """What is issued here keeps the stream from computing until other ranks have done their part: a collective, or the
+    wait for one that was issued ahead. On a GPU two events, some microseconds; nothing waits that did not before."""
+    if not _open:
+        yield
+        return
+    start = _now(device)
+    yield
+    _open[-1].waits.append((start, _now(device)))
 
 
 class PhaseClock:
@@ -14,33 +49,58 @@ class PhaseClock:
     waiting."""
 
     def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+        self._device = device
         self.memory = PhaseMemory(device)
-        self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._spans: list[Span] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = self._now()
-        with self.memory.phase(name):
-            yield
-        self._spans.append((name, start, self._now()))
+        span = Span(name, _now(self._device))
+        _open.append(span)
+        try:
+            with self.memory.phase(name):
+                yield
+        finally:
+            _open.remove(span)
+        span.end = _now(self._device)
+        self._spans.append(span)
+
+    def timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, and as a phase the processor's seconds that each takes to come."""
+        iterator = iter(items)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self._spans.append(Span(name, start, time.perf_counter()))
+            yield item
 
     def seconds(self) -> dict[str, float]:
-        """Sum of each phase since the last call. The caller has synchronised the device."""
+        """Sum of each phase since the last call, and of `collectives`, which are in no phase but their own. The caller
+        has synchronised the device."""
         sums: dict[str, float] = {}
-        for name, start, end in self._spans:
-            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                span = start.elapsed_time(end) / 1e3
-            else:
-                assert isinstance(start, float) and isinstance(end, float)
-                span = end - start
-            sums[name] = sums.get(name, 0.0) + span
+        waited = 0.0
+        for span in self._spans:
+            waits = sum(_between(start, end) for start, end in span.waits)
+            assert span.end is not None
+            sums[span.name] = sums.get(span.name, 0.0) + _between(span.start, span.end) - waits
+            waited += waits
         self._spans.clear()
-        return sums
+        return {**sums, COLLECTIVES: waited}
 
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def _now(device: torch.device) -> Moment:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Moment, end: Moment) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(start, float) and isinstance(end, float)
+    return end - start

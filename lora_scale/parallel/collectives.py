@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora_scale.adapters import lean
+from lora_scale.parallel.clock import exposed
 
 
 class _Operator(torch.autograd.Function):
@@ -62,7 +63,8 @@ def _same(x: Tensor, group: Any) -> Tensor:
 
 def _sum(x: Tensor, group: Any) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(y, group=group)
+    with exposed(y.device):
+        dist.all_reduce(y, group=group)
     return y
 
 
@@ -77,7 +79,9 @@ def _gather(x: Tensor, group: Any) -> Tensor:
     ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
     count = chunks(batch, tokens)
     parts = x.new_empty(ranks * batch, tokens, features)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    x = x.contiguous()
+    with exposed(x.device):
+        dist.all_gather_into_tensor(parts, x, group=group)
     parts = parts.view(ranks, batch, count, tokens // count, features).permute(1, 2, 0, 3, 4)
     return parts.reshape(batch, ranks * tokens, features)
 
@@ -86,7 +90,9 @@ def _scatter(x: Tensor, group: Any) -> Tensor:
     """The sum over the ranks, of this rank's share of the tokens."""
     ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
     own = x.new_empty(batch, tokens // ranks, features)
-    dist.reduce_scatter_tensor(own, _by_rank(x, ranks).contiguous(), group=group)
+    parts = _by_rank(x, ranks).contiguous()
+    with exposed(x.device):
+        dist.reduce_scatter_tensor(own, parts, group=group)
     return own
 
 

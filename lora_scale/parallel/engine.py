@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.parallel import gradients, masters, tensor_parallel, vocabulary, zero3
-from lora_scale.parallel.clock import PhaseClock
+from lora_scale.parallel.clock import PhaseClock, exposed
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.vocabulary import IGNORED
 from lora_scale.spec import cost, elsewhere
@@ -33,7 +34,8 @@ from lora_scale.storage.steps import Step
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step did. `seconds` by phase: forward, backward (with its collectives), step."""
+    """What one optimizer step did. `seconds` by phase: data, forward, backward, step, and `collectives`, the time of
+    these three in which this rank waited for others."""
 
     loss: float  # mean over the step's target tokens on all ranks, in nats
     grad_norm: float  # global, before clipping
@@ -167,6 +169,8 @@ class Engine:
         self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._parts = self.parts() if clips_itself(cfg) else []
         self.clock = PhaseClock(self.world.device)
+        if cfg.parallel.zero_stage:
+            zero3.around_waits(self.ds, partial(exposed, self.world.device))
 
     def parts(self) -> list[masters.Part]:
         """This rank's run of every trainable tensor."""
@@ -201,7 +205,8 @@ class Engine:
             norm = torch.as_tensor(self.ds.get_global_grad_norm(), device=self.world.device)
         total[1] = float(stop())
         own = total[:1].clone()
-        dist.all_reduce(total)
+        with self.clock.phase("step"), exposed(self.world.device):  # for the slowest rank
+            dist.all_reduce(total)
         found = torch.cat([total, own, norm.double().view(1)])
         summed, asked, own_loss, grad_norm = found.tolist()  # waits for the device: now the clock may be read
         mean = summed / self.grid.tp_size / max(1, step.target_tokens)  # a tensor-parallel group has one loss

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_scale.parallel.clock import exposed
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.masters import Part
 
@@ -32,10 +33,11 @@ def finish(ds: Any, parts: list[Part], shared: Spans, grid: Grid, max_norm: floa
         torch._foreach_div_(everything, grid.dp_size)
     twice = _squares(pieces, device) * (1 - 1 / grid.tp_size)
     total = _squares(everything, device) - twice
-    if any(part.partitioned for part in parts):
-        dist.all_reduce(total)
-    elif grid.tp_size > 1:
-        dist.all_reduce(total, group=grid.tp_group)
+    with exposed(device):
+        if any(part.partitioned for part in parts):
+            dist.all_reduce(total)
+        elif grid.tp_size > 1:
+            dist.all_reduce(total, group=grid.tp_group)
     norm = total.sqrt()
     if max_norm and everything:
         torch._foreach_mul_(everything, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # torch.nn.utils' own formula
@@ -47,7 +49,8 @@ def _sum(tensors: list[Tensor], group: Any) -> None:
     if not tensors:
         return
     flat = torch.cat(tensors)
-    dist.all_reduce(flat, group=group)
+    with exposed(flat.device):
+        dist.all_reduce(flat, group=group)
     torch._foreach_copy_(tensors, flat.split([tensor.numel() for tensor in tensors]))
 
 

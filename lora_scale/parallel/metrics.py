@@ -37,6 +37,13 @@ def row(
     return found
 
 
+def in_words(found: dict[str, Any]) -> str:
+    """TFLOP/s, MFU and seconds by phase of a row, for the screen."""
+    mfu = f" (MFU {found['mfu']:.1%})" if "mfu" in found else ""
+    phases = " ".join(f"{phase} {seconds:.3g}" for phase, seconds in found["phase_seconds"].items())
+    return f"{found['tflops_4n']:.3g} TFLOP/s{mfu}; seconds: {phases}"
+
+
 def bytes_read() -> int:
     """Bytes this process has read through system calls so far (/proc/self/io rchar): counted outside our own code."""
     for line in Path("/proc/self/io").read_text().splitlines():

@@ -10,6 +10,7 @@ chunk is a run of tokens. While one chunk is on its way, the product of the othe
 Half of each collective stays exposed, of the first chunk on the way in and of the last one on the way out.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lora_scale.adapters import lean
 from lora_scale.adapters.frozen import FrozenLinear
 from lora_scale.adapters.lora import LoRALinear
 from lora_scale.parallel import collectives
+from lora_scale.parallel.clock import exposed
 
 READERS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # what reads a block's input, and nothing else
 
@@ -44,6 +46,11 @@ def gather_for_readers(x: Tensor, group: Any) -> Tensor:
     lean.let_readers_add(y, total)
     lean.let_arrive(y, total.arriving)
     return y
+
+
+def _wait(work: Any, device: torch.device) -> None:
+    with exposed(device):
+        work.wait()
 
 
 class _Sent(lean.Sum):
@@ -77,7 +84,7 @@ class _Sent(lean.Sum):
         if self._own is None:
             return None
         for work in self._works:
-            work.wait()
+            _wait(work, self._own.device)
         own, self._own, self.total = self._own, None, None
         self._works.clear()
         return own.flatten(0, 1)
@@ -94,7 +101,7 @@ class _Gathered(torch.autograd.Function):
         y = x.new_empty(1, ranks * tokens, features)
         for mine, rows in zip(x.contiguous().chunk(count, 1), y.chunk(count, 1), strict=True):
             work = dist.all_gather_into_tensor(rows[0], mine[0], group=group, async_op=True)
-            total.arriving.append((rows.shape[1], work.wait))
+            total.arriving.append((rows.shape[1], partial(_wait, work, x.device)))
         return y
 
     @staticmethod
@@ -125,7 +132,7 @@ class _ProductScattered(torch.autograd.Function):
             y = torch.nn.functional.linear(piece, weight, bias)
             on_the_way.append((dist.reduce_scatter_tensor(mine, y, group=group, async_op=True), y))
         for work, _ in on_the_way:
-            work.wait()
+            _wait(work, x.device)
         return torch.ops.aten._unsafe_view(own, (1, tokens // ranks, weight.shape[0]))
 
     @staticmethod
@@ -140,7 +147,7 @@ class _ProductScattered(torch.autograd.Function):
             for rows, mine in zip(whole, dy[0].contiguous().chunk(count), strict=True)
         ]
         for work, rows, out in zip(works, whole, dx, strict=True):
-            work.wait()
+            _wait(work, dy.device)
             torch.mm(rows, weight, out=out)
         return dx.view(1, ranks * tokens, -1), None, None, None
 

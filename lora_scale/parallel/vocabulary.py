@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_scale.parallel.clock import exposed
+
 IGNORED = -100  # a label that carries no loss, as in torch and transformers
 
 
@@ -19,13 +21,15 @@ class _CutCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: Any) -> Tensor:
         wide = logits.float()
         largest = wide.amax(-1)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        with exposed(logits.device):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
         own = labels - first
         here = (own >= 0) & (own < logits.shape[-1])
         own = own.masked_fill(~here, 0)
         wide = wide - largest[:, None]
         sums = torch.stack([wide.exp().sum(-1), wide.gather(-1, own[:, None])[:, 0].masked_fill(~here, 0.0)])
-        dist.all_reduce(sums, group=group)
+        with exposed(logits.device):
+            dist.all_reduce(sums, group=group)
         normaliser = sums[0].log()
         counted = labels != IGNORED
         ctx.save_for_backward(logits, largest + normaliser, own, here & counted, counted)

@@ -6,6 +6,9 @@ its own.
 """
 
 import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
 from math import prod
 from typing import Any
 
@@ -58,6 +61,25 @@ def partition_over(parameter: nn.Parameter, group: Any) -> None:
     """Have DeepSpeed partition this parameter over `group`, by default the one of the first that it finds. A group of
     this rank alone leaves it whole: never gathered, never reduced. To be called before DeepSpeed converts it."""
     parameter.ds_zero_partition_process_group = group  # type: ignore[attr-defined]
+
+
+def around_waits(ds: Any, during: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter `during()` wherever DeepSpeed's stages 1 to 3 let the computation wait for other ranks: for the weights of
+    the module that is next, and at the end of backward for the gradients."""
+    owners = [(ds.optimizer, "independent_gradient_partition_epilogue")]
+    if hasattr(ds.optimizer, "parameter_offload"):  # stage 3
+        owners.append((ds.optimizer.parameter_offload.get_param_coordinator(), "fetch_sub_module"))
+    for owner, name in owners:
+        setattr(owner, name, _around(getattr(owner, name), during))
+
+
+def _around(function: Callable[..., Any], during: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with during():
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def group_size(parameter: nn.Parameter) -> int:

@@ -162,8 +162,10 @@ class EvalConfig(Section):
 
 
 class SaveConfig(Section):
-    """Checkpoints. The last step is always saved."""
+    """Checkpoints."""
 
+    last: bool = True
+    """Save after the last step. `false` is for runs that are only measured; an interrupted one still saves."""
     every: NonNegative = 0
     """Steps between checkpoints; 0: after the last step only."""
     keep: Positive = 2
@@ -171,6 +173,11 @@ class SaveConfig(Section):
     best: Literal["val_loss"] | None = None
     """Keep the checkpoint of the lowest validation loss too, in `checkpoints/best`; each evaluation that is the best so
     far saves one."""
+
+    @property
+    def most(self) -> int:
+        """Checkpoints that lie on the disk at once; 0 where none is meant to be written."""
+        return self.keep + 1 + (self.best is not None) if self.last or self.every or self.best else 0
 
 
 class ParallelConfig(Section):

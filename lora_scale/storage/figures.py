@@ -55,6 +55,24 @@ def stacks(title: str, y_label: str, bars: Mapping[str, Mapping[str, float]], ma
     return _svg(figure, axes, title)
 
 
+def waterfall(title: str, x_label: str, steps: Sequence[tuple[str, float]]) -> str:
+    """The first and the last value as whole bars, and between them what each step adds or takes away; two at least."""
+    figure, axes = _figure(0.34 * (len(steps) + 1) + 0.8)
+    names = [*(name for name, _ in steps), "all together"]
+    before, most = 0.0, max(value for _, value in steps)
+    for position, (_, value) in enumerate(steps):
+        colour = COLOURS[0] if not position else COLOURS[2] if value >= before else COLOURS[6]
+        axes.barh(position, value - before, left=before, color=colour, height=0.62)
+        change = f" ({value - before:+,.0f})" if position else ""
+        axes.text(max(value, before) + most * 0.008, position, f"{value:,.0f}{change}", va="center", fontsize=8)
+        before = value
+    axes.barh(len(steps), before, color=COLOURS[0], height=0.62)
+    axes.text(before + most * 0.008, len(steps), f"{before:,.0f}", va="center", fontsize=8)
+    axes.set(xlabel=x_label, xlim=(0, most * 1.2), yticks=range(len(names)), yticklabels=names)
+    axes.invert_yaxis()
+    return _svg(figure, axes, title)
+
+
 def _without_small(parts: Mapping[str, float], longest: float) -> dict[str, float]:
     """Categories below 1% of the longest bar as one: they are not to be seen, and colours run out."""
     shown = {category: value for category, value in parts.items() if value >= 0.01 * longest}

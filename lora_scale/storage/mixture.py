@@ -161,13 +161,13 @@ class Mixture:
             for turn in range(int(at[0]) // n, int(at[-1]) // n + 1) if len(at) else ():
                 here = at // n == turn
                 whole = int(here.sum()) == n  # a whole pass: its order is drawn below
-                inside[here] = np.arange(n) if whole else _permutation(n, seed, turn, part + 1)[at[here] % n]
+                inside[here] = np.arange(n) if whole else permutation(n, seed, turn, part + 1)[at[here] % n]
             found.append(np.sort(inside) + first)
         numbers = np.concatenate(found)
-        return numbers[_permutation(len(numbers), seed, epoch)]
+        return numbers[permutation(len(numbers), seed, epoch)]
 
 
-def _permutation(n: int, *seeds: int) -> np.ndarray:
+def permutation(n: int, *seeds: int) -> np.ndarray:
     # Sorting raw words, not Generator.permutation: numpy keeps raw streams the same for ever, but may improve its
     # shuffles, and a resumed run must see the old order.
     words = np.random.Philox(np.random.SeedSequence(list(seeds))).random_raw(n)

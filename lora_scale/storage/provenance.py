@@ -10,7 +10,19 @@ from pathlib import Path
 
 import lora_scale
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic", "mpi4py")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "mpi4py",
+    "liger-kernel",
+    "triton",
+)
 
 
 def versions() -> dict[str, str]:
