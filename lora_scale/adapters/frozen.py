@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_scale.adapters import lean
+from lora_scale.adapters import marks
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -20,11 +20,11 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed  # the Parameter itself, not its gathered tensor
-        ctx.sum = lean.sum_of(x)
+        ctx.sum = marks.sum_of(x)
         flat, matrix = x.reshape(-1, x.shape[-1]), weight if transposed else weight.t()
         y = flat.new_empty(len(flat), matrix.shape[1])
         first = 0
-        for rows, wait in lean.arriving(x) or [(len(flat), lambda: None)]:
+        for rows, wait in marks.arriving(x) or [(len(flat), lambda: None)]:
             wait()
             here = slice(first, first + rows)
             if bias is None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_scale.adapters import lean
+from lora_scale.adapters import marks
 from lora_scale.parallel.clock import exposed
 
 
@@ -33,7 +33,7 @@ class _Operator(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: Any) -> Tensor:
-    return lean.same(_Operator.apply(x, group, _same, _sum), x)
+    return marks.same(_Operator.apply(x, group, _same, _sum), x)
 
 
 def sum_ranks(x: Tensor, group: Any) -> Tensor:
@@ -41,7 +41,7 @@ def sum_ranks(x: Tensor, group: Any) -> Tensor:
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:
-    return lean.gathered(_Operator.apply(x, group, _gather, _scatter), x, partial(scatter, group=group))
+    return marks.gathered(_Operator.apply(x, group, _gather, _scatter), x, partial(scatter, group=group))
 
 
 def scatter_sequence(x: Tensor, group: Any) -> Tensor:

@@ -3,8 +3,8 @@
 The tokens are cut into two chunks, of each of which every rank has its part (`collectives.chunks`), so that a gathered
 chunk is a run of tokens. While one chunk is on its way, the product of the other is computed:
 
-    block input    the first layer that reads it waits for each chunk before its rows (`lean.arriving`); in backward the
-                   last product that adds to its gradient sends each chunk off as soon as it is there (`lean.Sum`)
+    block input    the first layer that reads it waits for each chunk before its rows (`marks.arriving`); in backward
+                   the last product that adds to its gradient sends each chunk off as soon as it is there (`marks.Sum`)
     rowwise layer  sends each chunk of its output off; in backward it waits for each chunk of the gradient
 
 Half of each collective stays exposed, of the first chunk on the way in and of the last one on the way out.
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_scale.adapters import lean
+from lora_scale.adapters import marks
 from lora_scale.adapters.frozen import FrozenLinear
 from lora_scale.adapters.lora import LoRALinear
 from lora_scale.parallel import collectives
@@ -42,9 +42,9 @@ def gather_for_readers(x: Tensor, group: Any) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad) or x.shape[0] > 1:
         return collectives.gather_sequence(x, group)
     total = _Sent(group)
-    y = lean.gathered(_Gathered.apply(x, group, total), x, lambda dx: collectives.scatter(dx, group))
-    lean.let_readers_add(y, total)
-    lean.let_arrive(y, total.arriving)
+    y = marks.gathered(_Gathered.apply(x, group, total), x, lambda dx: collectives.scatter(dx, group))
+    marks.let_readers_add(y, total)
+    marks.let_arrive(y, total.arriving)
     return y
 
 
@@ -53,13 +53,13 @@ def _wait(work: Any, device: torch.device) -> None:
         work.wait()
 
 
-class _Sent(lean.Sum):
+class _Sent(marks.Sum):
     """A gradient that its last reader sends off chunk by chunk, summed over the ranks and cut to this rank's tokens."""
 
     def __init__(self, group: Any):
         super().__init__()
         self.group = group
-        self.arriving: list[lean.Arrival] = []
+        self.arriving: list[marks.Arrival] = []
         self._own: Tensor | None = None
         self._works: list[Any] = []
 
