@@ -128,5 +128,6 @@ def test_equal_to_one_process(world: int, folders: dict[str, Path], rows: Path, 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_whole_grid(world: int, folders: dict[str, Path], rows: Path, tmp_path: Path) -> None:
-    check(world, cases_of(world, list(MODELS)), folders, rows, tmp_path)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_whole_grid(model: str, world: int, folders: dict[str, Path], rows: Path, tmp_path: Path) -> None:
+    check(world, cases_of(world, [model]), folders, rows, tmp_path)
