@@ -50,13 +50,14 @@ class Case:
 
 
 GRID = {
-    "1b-none": Case(preset="1b", changes=("recompute=none", "train.micro_batch_size=4")),
-    "1b-all-long": Case(preset="1b", seq_len=8192, changes=("recompute=all",)),
+    "1b-none": Case(preset="1b", changes=("recompute=none", "train.micro_batch_size=4", "parallel.zero_stage=0")),
+    "1b-all-long": Case(preset="1b", seq_len=8192, changes=("recompute=all", "parallel.zero_stage=0")),
     "1b-full": Case(preset="1b", changes=("method=full", "recompute=all")),
     "1b-full-none": Case(preset="1b", changes=("method=full", "recompute=none")),
-    "7b-all": Case(preset="8b", changes=("recompute=all", "train.micro_batch_size=2"), calibration=True),
-    "7b-none": Case(preset="8b", changes=("recompute=none", "train.micro_batch_size=2"), calibration=True),
-    "7b-some-long": Case(preset="8b", seq_len=8192, changes=("recompute=16",)),
+    "7b-all": Case(preset="8b", changes=("recompute=all", "train.micro_batch_size=2", "parallel.zero_stage=0")),
+    "7b-none": Case(preset="8b", changes=("recompute=none", "train.micro_batch_size=2", "parallel.zero_stage=0")),
+    "7b-some-long": Case(preset="8b", seq_len=8192, changes=("recompute=16", "parallel.zero_stage=0")),
+    "7b-full": Case(preset="8b", changes=("method=full", "recompute=all")),
     "7b-2gpu-some": Case(preset="8b", ranks=2, changes=("recompute=16", "train.micro_batch_size=2")),
     "7b-2gpu-all-linear": Case(
         preset="8b", ranks=2, changes=("recompute=none", "lora.r=64", "lora.target_modules=[all-linear]")
