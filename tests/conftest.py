@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,16 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         NOT_CHOSEN["long grids: make test-all" if item.get_closest_marker("long") else "left out by -m or -k"] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's workers: each chooses among all tests
+        session.config.workeroutput["not_chosen"] = dict(NOT_CHOSEN)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    NOT_CHOSEN.update(getattr(node, "workeroutput", {}).get("not_chosen", {}) if not NOT_CHOSEN else {})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
