@@ -43,7 +43,11 @@ def _nbytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
 def _tensors(ds: Any) -> Iterator[tuple[str, list[Tensor | None]]]:
     optimizer, parameters = ds.optimizer, list(ds.module.parameters())
     inner = getattr(optimizer, "optimizer", optimizer)
-    yield "base", [_held(p) for p in parameters if not p.requires_grad]
+    gathering = getattr(ds.module, "gathering", None)  # of a flat base
+    yield (
+        "base",
+        [*([gathering.base.memory] if gathering else []), *(_held(p) for p in parameters if not p.requires_grad)],
+    )
     yield "trained", [*_flats(optimizer, _WORKING), *(_held(p) for p in parameters if p.requires_grad)]
     yield "master", _flats(optimizer, _MASTERS)
     averaged = (getattr(optimizer, "averaged_gradients", None) or {}).values()
@@ -58,7 +62,10 @@ def _tensors(ds: Any) -> Iterator[tuple[str, list[Tensor | None]]]:
     )
     yield "adam", [t for state in inner.state.values() for name, t in state.items() if name != "step"]
     yield "bucket", [_buffer(bucket.buffer) for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
-    yield "gathered", [p.data for p in parameters if hasattr(p, "ds_tensor")]
+    yield (
+        "gathered",
+        [*(gathering.buffers if gathering else []), *(p.data for p in parameters if hasattr(p, "ds_tensor"))],
+    )
     yield "buffers", list(ds.module.buffers())
 
 

@@ -69,10 +69,23 @@ def grid_of(model: Architecture, cfg: RunConfig, ranks: int, gpus_per_node: int 
     )
 
 
+def keeps_base_flat(cfg: RunConfig) -> bool:
+    """Whether the frozen base is kept in flat pieces of our own (`parallel.flat`), not by DeepSpeed's ZeRO-3."""
+    return cfg.parallel.zero_stage == 3 and cfg.method != "full" and cfg.parallel.base_engine == "flat"
+
+
+def deepspeed_stage(cfg: RunConfig, trainable: int) -> int:
+    """The stage that DeepSpeed is told. Beside a flat base it has the adapter only: replicated, or with its optimizer's
+    states partitioned."""
+    if not keeps_base_flat(cfg):
+        return cfg.parallel.zero_stage
+    return 0 if keeps_adapters_whole(cfg, trainable) else 1
+
+
 def keeps_adapters_whole(cfg: RunConfig, trainable: int) -> bool:
     """Whether ZeRO-3 leaves the adapter whole on every rank. Its values, gradient, second fp32 copy and two moments
     cost 20 bytes a parameter there."""
-    if cfg.method != "lora" or cfg.parallel.zero_stage != 3:
+    if cfg.parallel.zero_stage != 3 or not (cfg.method == "lora" or keeps_base_flat(cfg)):
         return False
     if cfg.parallel.adapter_sharding == "auto":
         return 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
