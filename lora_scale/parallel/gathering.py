@@ -16,8 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lora_scale.adapters import lean
 from lora_scale.adapters.frozen import FrozenConv1D, FrozenLinear
 from lora_scale.parallel.flat import FlatBase, Member, Unit
-
-BUFFERS = 2
+from lora_scale.spec.layout import FLAT_BUFFERS
 
 
 class _Buffer:
@@ -70,7 +69,7 @@ class Gathering:
     def __init__(self, base: FlatBase):
         self.base = base
         largest = max(unit.piece for unit in base.units) * base.transport.size
-        self._buffers = [_Buffer(largest, base.device) for _ in range(BUFFERS)]
+        self._buffers = [_Buffer(largest, base.device) for _ in range(FLAT_BUFFERS)]
         self._stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
         self._order: list[_Stop] = []
         self._clock = 0

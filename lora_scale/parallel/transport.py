@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_scale.parallel import memory
 from lora_scale.parallel.world import World
+
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # until torch 2.12
 
 
 class Transport(Protocol):
@@ -41,7 +44,7 @@ class Collective:
         return self._own
 
     def gather(self, out: Tensor, offset: int, piece: int) -> None:
-        dist.all_gather_into_tensor(out, self._own.narrow(0, offset, piece), group=self._group)
+        getattr(dist, ALL_GATHER)(out, self._own.narrow(0, offset, piece), group=self._group)
 
 
 class OneSided:
@@ -106,5 +109,8 @@ def _symmetric(nbytes: int, device: torch.device, group: Any) -> tuple[Tensor, A
     """Memory that every rank of the group has mapped, and the handle to it. Collective."""
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed, and not to be had on every machine
     symmetric = importlib.import_module("torch.distributed._symmetric_memory")
+    before = torch.cuda.memory_allocated(device)
     own = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
+    if torch.cuda.memory_allocated(device) == before:  # it depends on the version of torch
+        memory.add_aside(nbytes)
     return own, symmetric.rendezvous(own, group.group_name)

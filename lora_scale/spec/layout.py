@@ -12,6 +12,7 @@ from math import prod
 from lora_scale.spec.splits import Split
 
 FLAT_ALIGNMENT = 512  # bytes; what a parameter begins at inside a flat unit, and a piece of it too
+FLAT_BUFFERS = 2  # gathered units at a time: the one at work and the next
 
 
 @dataclass(frozen=True, slots=True)
