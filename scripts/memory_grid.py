@@ -103,7 +103,7 @@ def collected(run_dir: Path, calibration: list[str]) -> dict[str, Any]:
     """The row of a run that was made some time ago. Settings that did not exist then are as they were without them."""
     manifest, resolved = read_manifest(run_dir), json.loads((run_dir / "config.resolved.json").read_text())
     resolved.setdefault("kernels", "none")
-    resolved["parallel"].pop("base_engine", None)
+    resolved["parallel"].setdefault("base_engine", "deepspeed")
     cfg, ranks = RunConfig.model_validate(resolved), manifest["ranks"]
     total = manifest["parameters"]["total"] - manifest["parameters"]["trainable"] * (cfg.method == "lora")
     models = (architecture(config) for config in named.SHAPES.values())
@@ -112,7 +112,7 @@ def collected(run_dir: Path, calibration: list[str]) -> dict[str, Any]:
     name = run_dir.name
     row = {"name": name, "calibration": name in calibration, "ranks": ranks, "command": manifest["command"]}
     row |= {"commit": manifest["commit"], "settings": {k: resolved[k] for k in ("method", "recompute", "kernels")}}
-    row["settings"] |= {k: resolved["parallel"].get(k) for k in ("zero_stage", "tensor_parallel_size", "base_engine")}
+    row["settings"] |= {k: resolved["parallel"][k] for k in ("zero_stage", "tensor_parallel_size", "base_engine")}
     then = manifest["plan"]["this_run"]["allocated"]
     return row | _figures(run_dir, planning.plan(job)["this_run"]) | {"planned_then": then}
 

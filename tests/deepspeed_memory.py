@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_scale.parallel import grid, load, memory, recompute, setup, zero3
+from lora_scale.parallel import flat, gathering, grid, load, memory, recompute, setup, transport, zero3
 from lora_scale.parallel.engine import Engine, ds_config
 from lora_scale.parallel.world import World
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.states import keeps_base_flat
 from lora_scale.storage.folder import open_folder
 
 
@@ -26,10 +27,15 @@ def held(here: World, folder: Path, cfg: RunConfig) -> dict[str, int]:
     config = ds_config(
         cfg, 1, recompute.layer_numel(layers), parameters.trainable, sorted({type(layer).__name__ for layer in layers})
     )
-    place, partitioner = grid.make(cfg.parallel, here), None
-    if cfg.parallel.zero_stage == 3:
+    place = grid.make(cfg.parallel, here)
+    partitioner: zero3.Partitioner | flat.FlatBase | None = None
+    if keeps_base_flat(cfg):
+        partitioner = flat.FlatBase(layers, transport.Collective(place.base_group), here.device)
+    elif cfg.parallel.zero_stage == 3:
         partitioner = zero3.Partitioner(config, load.dtype_of(cfg), place.base_group)
     load.fill(model, base, here.device, partitioner, {}, place)
+    if isinstance(partitioner, flat.FlatBase):
+        model.gathering = gathering.Gathering(partitioner)  # type: ignore[assignment]
     ds = Engine(model, cfg, place, config, dropout, {}).ds
     ids = torch.randint(3, 60, (1, 8))
     for last in (False, True):
@@ -66,6 +72,9 @@ def _by_category(ds: Any, ids: Tensor, before: set[int]) -> dict[str, int]:
     # Frozen tensors lie in one allocation with gaps for alignment: what counts is the elements.
     sizes = {"base": sum(_held(p).numel() * _held(p).element_size() for p in parameters if not p.requires_grad)}
     seen = {_held(p).untyped_storage()._cdata for p in parameters if not p.requires_grad}
+    if gathers := getattr(ds.module, "gathering", None):
+        sizes["base"] += gathers.base.memory.numel()
+        seen |= {t.untyped_storage()._cdata for t in (gathers.base.memory, *gathers.buffers)}
     for category, tensors in found.items():
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t is not None}
         sizes[category] = sum(storage.nbytes() for key, storage in storages.items() if key not in seen)

@@ -17,7 +17,7 @@ from torch import Tensor
 from training import Trace, everything, start, train
 
 from lora_scale.adapters import lora
-from lora_scale.parallel import checkpoint, gradients, masters, metrics, setup, tensor_parallel
+from lora_scale.parallel import checkpoint, gradients, masters, metrics, setup, tensor_parallel, transport
 from lora_scale.parallel.world import World
 from lora_scale.spec import shapes, splits
 from lora_scale.storage.weights import Reader
@@ -124,7 +124,7 @@ def train_only(job: setup.Job, number: int) -> None:
     job.engine.train_step(job.data.plan.step(number), number, 1e-3)
 
 
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast")
+COLLECTIVES = ("all_reduce", transport.ALL_GATHER, "reduce_scatter_tensor", "all_gather", "broadcast")
 
 
 @contextmanager

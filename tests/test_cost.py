@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from tiny import tiny_folder
 
-from lora_scale.spec import cost, named, states
+from lora_scale.spec import cost, memory, named, states
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.layout import Placement, zero_span
@@ -28,7 +28,7 @@ def run_config(ranks: int = 1, **changes: Any) -> RunConfig:
         "data": {"train": "x", "seq_len": changes.pop("seq_len", 1024)},
         "run_dir": "x",
         "lora": changes.pop("lora", {}),
-        "parallel": {"zero_stage": changes.pop("stage", 3)},
+        "parallel": {"zero_stage": changes.pop("stage", 3), "base_engine": changes.pop("engine", "deepspeed")},
         "train": {
             "max_steps": 2,
             "micro_batch_size": (micro := changes.pop("micro", 1)),
@@ -87,7 +87,7 @@ shapes_of_tensors = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3
 @settings(max_examples=200, deadline=None)
 def test_states_of_any_sizes(frozen: Any, trained: Any, ranks: int, stage: int) -> None:
     """All ranks together hold at least the tensors, and more only by padding and by what a stage replicates."""
-    held = states.states(frozen, trained, run_config(ranks, stage=stage), Grid(ranks))
+    held = states.states([frozen], trained, run_config(ranks, stage=stage), Grid(ranks))
     numel, padding = cost.numel(trained), len(trained) * ranks + 4 * ranks
     assert held.total == held.base + held.trained + held.master + held.gradients + held.adam + held.bucket
     if stage == 0:
@@ -106,6 +106,19 @@ def test_states_of_any_sizes(frozen: Any, trained: Any, ranks: int, stage: int) 
         assert held.base == 2 * cost.numel(frozen)
         assert 4 * numel <= held.trained < 4 * (numel + padding)
         assert held.gradients >= 4 * numel / ranks
+
+
+@given(units=st.lists(shapes_of_tensors, min_size=1, max_size=5), ranks=st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_a_flat_base_of_any_sizes(units: Any, ranks: int) -> None:
+    """All pieces together are the units, each tensor and each piece aligned; a vector by itself is on every rank."""
+    held = states.states(units, [(2, 3)], run_config(ranks, engine="flat"), Grid(ranks, adapter_over=1))
+    alone = [unit for unit in units if len(unit) == 1 and len(unit[0]) == 1]
+    cut = [unit for unit in units if unit not in alone]
+    nbytes, tensors = 2 * sum(map(cost.numel, cut)), sum(map(len, cut))
+    spread = held.base - 2 * sum(map(cost.numel, alone))
+    assert nbytes <= spread * ranks <= nbytes + 512 * (tensors + ranks * len(cut))
+    assert (held.trained, held.master, held.gradients, held.adam, held.bucket) == (24, 0, 24, 48, 0)
 
 
 def test_full_fine_tuning_costs_18_bytes_a_parameter_in_all() -> None:
@@ -138,7 +151,9 @@ def held_by_deepspeed(here: Any, folder: str, changes: dict[str, Any]) -> dict[s
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (3, {"stage": 3, "lora": {"r": 3}}),
+        (3, {"parallel": {}}),
+        pytest.param(3, {"parallel": {"adapter_sharding": "zero"}, "lora": {"r": 3}}, marks=pytest.mark.long),
+        pytest.param(3, {"stage": 3, "lora": {"r": 3}}, marks=pytest.mark.long),
         pytest.param(5, {"stage": 2, "lora": {"r": 3}}, marks=pytest.mark.long),
         pytest.param(3, {"stage": 1, "lora": {"r": 3}}, marks=pytest.mark.long),
         pytest.param(2, {"stage": 0, "lora": {"r": 3}}, marks=pytest.mark.long),
@@ -154,16 +169,20 @@ def held_by_deepspeed(here: Any, folder: str, changes: dict[str, Any]) -> dict[s
 def test_states_are_what_deepspeed_holds(ranks: int, changes: dict[str, Any], tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", hidden_size=36, intermediate_size=50, num_attention_heads=6, head_dim=6)
     held = run_ranks(ranks, "test_cost:held_by_deepspeed", str(folder), changes, folder=tmp_path / "ranks")
+    model = architecture(json.loads((folder / "config.json").read_text()))
+    cfg, grid = run_config(ranks, **changes), Grid(ranks)
+    if flat := states.keeps_base_flat(cfg):
+        grid = states.grid_of(model, cfg, ranks)
+    parts = memory.parts_of(model, cfg)
     for rank in held:
         by_product = {name.removeprefix("product's "): n for name, n in rank.items() if name.startswith("product's ")}
         assert sum(by_product.values()) == rank["everything"], "the product's categories are not all that there is"
-        assert by_product.pop("gathered") == 0
+        assert by_product.pop("gathered") == (memory.gathered(cfg, parts.layers, parts.frozen, grid) if flat else 0)
         padding = by_product.pop("base") - rank["base"]  # frozen tensors begin at multiples of 512 bytes
         assert 0 <= padding < 512 * 64 and (padding == 0 or changes.get("method") != "full")
         assert by_product == {name: rank[name] for name in by_product}
         assert rank["microseconds a parameter"] < 200  # some ten of the processor's own time
     names = ("base", "trained", "master", "gradients", "adam", "bucket")
     largest = {category: max(rank[category] for rank in held) for category in (*names, "unexplained")}
-    model = architecture(json.loads((folder / "config.json").read_text()))
-    found = states.model_states(model, run_config(ranks, **changes), Grid(ranks))
+    found = states.model_states(model, cfg, grid)
     assert largest == {name: getattr(found, name) for name in names} | {"unexplained": 0}

@@ -23,7 +23,7 @@ def run_config(ranks: int = 1, **changes: Any) -> RunConfig:
         "model": {"path": "x"},
         "data": {"train": "x", "seq_len": changes.pop("seq_len", 1024)},
         "run_dir": "x",
-        "parallel": {"zero_stage": changes.pop("stage", 3)},
+        "parallel": {"zero_stage": changes.pop("stage", 3), "base_engine": changes.pop("engine", "flat")},
         "train": {"max_steps": 2, "micro_batch_size": micro, "global_batch_size": micro * ranks},
     }
     return RunConfig.model_validate(tree | changes)
@@ -50,7 +50,8 @@ def records() -> dict[str, dict[str, Any]]:
 def test_measured_peaks(name: str, shape: str, masked: bool) -> None:
     """The bounds asked for: peak within 3%, what is above the states within 10% or 0.5 GiB, reserved within 8%."""
     row = records()[name]
-    changes = {"kernels": "none", "micro": row["blocks_a_pass"], "seq_len": row["seq_len"]}  # as they were run
+    # as they were run: transformers' own modules, DeepSpeed's own gathering
+    changes = {"kernels": "none", "engine": "deepspeed", "micro": row["blocks_a_pass"], "seq_len": row["seq_len"]}
     cfg = run_config(row["ranks"], recompute=row["recompute"], **changes)
     model, grid = architecture(named.shape(shape)), Grid(row["ranks"])
     found, exact = (
@@ -102,7 +103,8 @@ def test_targets_and_masks() -> None:
 def test_tensor_parallel_shards_sum_to_the_model(tp: int) -> None:
     cfg = run_config(lora={"r": 8, "target_modules": ["q", "v", "o"]})
     norms = (2 * 32 + 1) * 4096
-    assert tp * (cost.numel(states.frozen_shapes(LLAMA, cfg, tp)) - norms) + norms == cost.total(LLAMA)
+    frozen = sum(map(cost.numel, states.frozen_units(LLAMA, cfg, tp)))
+    assert tp * (frozen - norms) + norms == cost.total(LLAMA)
     whole, shards = (states.trained_shapes(LLAMA, cfg, n) for n in (1, tp))
     for (rows, columns), (rows_here, columns_here) in zip(whole, shards, strict=True):
         factor = "A" if rows == 8 else "B"
@@ -149,7 +151,7 @@ def test_adapters_that_are_replicated() -> None:
     cfg = run_config(4)
     spread, whole = (states.model_states(LLAMA, cfg, Grid(4, adapter_over=over)) for over in (None, 1))
     assert whole.adam == pytest.approx(4 * spread.adam) and whole.base == spread.base
-    assert states.model_states(LLAMA, cfg, Grid(4, base_over=2)).base == pytest.approx(2 * spread.base, rel=1e-6)
+    assert states.model_states(LLAMA, cfg, Grid(4, base_over=2)).base == pytest.approx(2 * spread.base, rel=1e-5)
 
 
 def job(shape: str, ranks: int, **changes: Any) -> planning.Job:

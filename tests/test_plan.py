@@ -83,7 +83,9 @@ def test_states_shrink_with_ranks_and_full_fine_tuning_is_beside(capsys: pytest.
     one = figures(capsys, "--shape", "llama-7.2b")
     eight = figures(capsys, "--shape", "llama-7.2b", "--nodes", "2", "--gpus-per-node", "4")
     assert eight["ranks"] == 8
-    assert eight["this_run"]["model_states"]["base"] == pytest.approx(one["this_run"]["model_states"]["base"] / 8)
+    assert eight["this_run"]["model_states"]["base"] == pytest.approx(
+        one["this_run"]["model_states"]["base"] / 8, rel=1e-5
+    )  # the last norm is whole on each
     ratio = one["full_fine_tuning"]["model_states"]["total"] / one["this_run"]["model_states"]["total"]
     assert 8.5 < ratio < 9.1  # 18 bytes a parameter against 2
     assert "full_fine_tuning" not in figures(capsys, "--shape", "llama-7.2b", "method=full")

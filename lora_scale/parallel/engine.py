@@ -24,7 +24,7 @@ from lora_scale.parallel import gradients, masters, tensor_parallel, vocabulary,
 from lora_scale.parallel.clock import PhaseClock, exposed
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.vocabulary import IGNORED
-from lora_scale.spec import cost, elsewhere
+from lora_scale.spec import cost, elsewhere, states
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.splits import Part, Split
@@ -54,7 +54,7 @@ def ds_config(
     DeepSpeed drops and re-gathers such parameters one by one at every step. The gradient bucket is allocated at once,
     so it is sized to what trains.
     """
-    stage = cfg.parallel.zero_stage
+    stage = states.deepspeed_stage(cfg, trainable_numel)
     full = cfg.method == "full"
     bf16_masters = full and cfg.precision == "bf16"  # adapters are fp32 themselves and need no second copy
     if bf16_masters and stage == 0:

@@ -8,7 +8,7 @@ module joins them with the model and the device.
 import importlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_scale.adapters.lora import file_name
 from lora_scale.parallel import reading
+from lora_scale.parallel.flat import FlatBase
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.reading import Wanted
 from lora_scale.parallel.zero3 import Partitioner
@@ -123,7 +124,7 @@ def fill(
     model: nn.Module,
     folder: ModelFolder,
     device: torch.device,
-    partitioner: Partitioner | None,
+    partitioner: Partitioner | FlatBase | None,
     splits: Mapping[str, Split],
     grid: Grid,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -131,8 +132,9 @@ def fill(
     """Give every meta parameter of the model its memory on `device` and its values from the folder.
 
     A parameter that `splits` names becomes this rank's tensor-parallel shard. With a partitioner each becomes a ZeRO-3
-    parameter and only this rank's partition is read. Parameters that are not on the meta device (adapters) are left
-    alone. Tied parameters stay one. `progress(done, total)` is called with bytes of this rank.
+    parameter, with a flat base each frozen one is laid into it, and only this rank's part is read. Parameters that are
+    not on the meta device (adapters) are left alone. Tied parameters stay one. `progress(done, total)` is called with
+    bytes of this rank.
     """
     start = time.perf_counter()
     homes = _homes(model, splits, grid, partitioner)
@@ -168,23 +170,42 @@ class Home:
         return self.place.shape(tuple(self.parameter.shape))
 
 
-def _homes(model: nn.Module, splits: Mapping[str, Split], grid: Grid, partitioner: Partitioner | None) -> list[Home]:
+def _homes(
+    model: nn.Module, splits: Mapping[str, Split], grid: Grid, partitioner: Partitioner | FlatBase | None
+) -> list[Home]:
     """Every parameter on the meta device; a tied one comes once."""
     found: dict[int, Home] = {}
-    zero = (partitioner.rank, partitioner.size) if partitioner else (0, 1)
+    zero = (partitioner.rank, partitioner.size) if isinstance(partitioner, Partitioner) else (0, 1)
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 name = f"{prefix}.{key}" if prefix else key
                 place = Placement(splits.get(file_name(name)), grid.tp_rank, grid.tp_size, *zero)
                 found.setdefault(id(parameter), Home(name, parameter, place)).owners.append((module, key))
-    return list(found.values())
+    homes = list(found.values())
+    return _laid_out(homes, partitioner) if isinstance(partitioner, FlatBase) else homes
 
 
-def _adopted(home: Home, flat: Tensor, partitioner: Partitioner | None) -> nn.Parameter:
+def _laid_out(homes: list[Home], base: FlatBase) -> list[Home]:
+    """The same with what is frozen laid into the flat base, each by the run of it that this rank keeps."""
+    flat = [
+        home.name
+        for home in homes
+        if not home.parameter.requires_grad
+        and base.add(home.name, [module for module, _ in home.owners], home.shape, home.parameter.dtype)
+    ]
+    base.allocate()
+    spans = {name: base.span(name) for name in flat}
+    return [replace(home, place=replace(home.place, span=spans.get(home.name))) for home in homes]
+
+
+def _adopted(home: Home, flat: Tensor, partitioner: Partitioner | FlatBase | None) -> nn.Parameter:
     """The parameter as the model keeps it."""
     trains = home.parameter.requires_grad
-    if partitioner:
+    if home.place.span is not None:
+        assert isinstance(partitioner, FlatBase)
+        return partitioner.parameter(home.name)
+    if isinstance(partitioner, Partitioner):
         return partitioner.adopt(home.shape, flat, trains)
     return nn.Parameter(flat.view(home.shape), requires_grad=trains)
 
@@ -198,16 +219,19 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def _allocate(homes: list[Home], partitioner: Partitioner | None, device: torch.device) -> dict[str, Tensor]:
+def _allocate(homes: list[Home], partitioner: Partitioner | FlatBase | None, device: torch.device) -> dict[str, Tensor]:
     """Flat memory for what this rank keeps of each parameter, padding zeroed.
 
     Frozen parameters share one allocation, so that the allocator wastes nothing between them. Trainable ones have
     their own: DeepSpeed moves them into buffers of its own and frees these.
     """
-    sizes = {home.name: prod(home.shape) for home in homes}
-    if partitioner:
-        sizes = {name: partitioner.partition_numel(size) for name, size in sizes.items()}
     flat: dict[str, Tensor] = {}
+    if isinstance(partitioner, FlatBase):
+        flat = {home.name: partitioner.part(home.name) for home in homes if home.place.span is not None}
+        homes = [home for home in homes if home.place.span is None]
+    sizes = {home.name: prod(home.shape) for home in homes}
+    if isinstance(partitioner, Partitioner):
+        sizes = {name: partitioner.partition_numel(size) for name, size in sizes.items()}
     frozen = [(home.name, home.parameter) for home in homes if not home.parameter.requires_grad]
     for dtype in {p.dtype for _, p in frozen}:
         step = ALIGNMENT // dtype.itemsize

@@ -17,6 +17,7 @@ from torch import Tensor
 
 GIB = 1 << 30
 _NVML: dict[str, Any] = {}
+_ASIDE: list[int] = []
 
 
 def tracked(ds: Any) -> dict[str, int]:
@@ -43,7 +44,11 @@ def _nbytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
 def _tensors(ds: Any) -> Iterator[tuple[str, list[Tensor | None]]]:
     optimizer, parameters = ds.optimizer, list(ds.module.parameters())
     inner = getattr(optimizer, "optimizer", optimizer)
-    yield "base", [_held(p) for p in parameters if not p.requires_grad]
+    gathering = getattr(ds.module, "gathering", None)  # of a flat base
+    yield (
+        "base",
+        [*([gathering.base.memory] if gathering else []), *(_held(p) for p in parameters if not p.requires_grad)],
+    )
     yield "trained", [*_flats(optimizer, _WORKING), *(_held(p) for p in parameters if p.requires_grad)]
     yield "master", _flats(optimizer, _MASTERS)
     averaged = (getattr(optimizer, "averaged_gradients", None) or {}).values()
@@ -58,7 +63,10 @@ def _tensors(ds: Any) -> Iterator[tuple[str, list[Tensor | None]]]:
     )
     yield "adam", [t for state in inner.state.values() for name, t in state.items() if name != "step"]
     yield "bucket", [_buffer(bucket.buffer) for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
-    yield "gathered", [p.data for p in parameters if hasattr(p, "ds_tensor")]
+    yield (
+        "gathered",
+        [*(gathering.buffers if gathering else []), *(p.data for p in parameters if hasattr(p, "ds_tensor"))],
+    )
     yield "buffers", list(ds.module.buffers())
 
 
@@ -100,12 +108,7 @@ class PhaseMemory:
             return
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
-        stats = torch.cuda.memory_stats(self._device)
-        now = {
-            "peak": stats["allocated_bytes.all.peak"],
-            "end": stats["allocated_bytes.all.current"],
-            "peak_reserved": stats["reserved_bytes.all.peak"],
-        }
+        now = _books(self._device)
         before = self._rows.get(name, {})
         self._rows[name] = {
             key: value if key == "end" else max(value, before.get(key, 0)) for key, value in now.items()
@@ -121,9 +124,20 @@ def since_start(device: torch.device, name: str) -> dict[str, dict[str, int]]:
     """One phase from the start of the process until now."""
     if device.type != "cuda":
         return {}
-    stats = torch.cuda.memory_stats(device)
-    peaks = {"peak": stats["allocated_bytes.all.peak"], "peak_reserved": stats["reserved_bytes.all.peak"]}
-    return {name: {**peaks, "end": stats["allocated_bytes.all.current"]}}
+    return {name: _books(device)}
+
+
+def add_aside(nbytes: int) -> None:
+    """Device memory in use that torch's allocator does not know of: it counts as allocated from now on."""
+    _ASIDE.append(nbytes)
+
+
+def _books(device: torch.device) -> dict[str, int]:
+    """Bytes allocated (the peak since it was reset, and now) and the most reserved."""
+    stats, aside = torch.cuda.memory_stats(device), sum(_ASIDE)
+    names = {"peak": "allocated_bytes.all.peak", "end": "allocated_bytes.all.current"}
+    names["peak_reserved"] = "reserved_bytes.all.peak"
+    return {name: stats[key] + aside for name, key in names.items()}
 
 
 def measure(device: torch.device, ds: Any, phases: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -138,10 +152,10 @@ def measure(device: torch.device, ds: Any, phases: dict[str, dict[str, int]]) ->
     }
     if device.type != "cuda":
         return found
-    allocated = torch.cuda.memory_allocated(device)
+    allocated, aside = _books(device)["end"], sum(_ASIDE)
     found |= {
         "allocated_gib": _gib(allocated),
-        "reserved_gib": _gib(torch.cuda.memory_reserved(device)),
+        "reserved_gib": _gib(torch.cuda.memory_reserved(device) + aside),
         "peak_gib": _gib(max((row["peak"] for row in phases.values()), default=0)),
         "peak_reserved_gib": _gib(max((row["peak_reserved"] for row in phases.values()), default=0)),
         "phases": phases,

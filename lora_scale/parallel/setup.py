@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lora_scale.adapters import baselines, initial, peft
@@ -17,10 +18,11 @@ from lora_scale.adapters.lean import make_lean
 from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.marks import share_inputs
 from lora_scale.adapters.targets import fused_notes
-from lora_scale.parallel import load, recompute, source, tensor_parallel, zero3
+from lora_scale.parallel import flat, load, recompute, source, tensor_parallel, transport, zero3
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import Engine, ds_config
+from lora_scale.parallel.gathering import Gathering
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, cost, shapes, splits
@@ -29,7 +31,7 @@ from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError, ModelError
 from lora_scale.spec.families import family
 from lora_scale.spec.splits import Split
-from lora_scale.spec.states import keeps_adapters_whole
+from lora_scale.spec.states import keeps_adapters_whole, keeps_base_flat
 from lora_scale.storage import hub, provenance
 from lora_scale.storage.console import Console, bar, size
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
@@ -178,12 +180,12 @@ def start_engine(
         parameters.trainable,
         sorted({type(layer).__name__ for layer in layers}),
     )
-    partitioner = None
-    if cfg.parallel.zero_stage == 3:
-        partitioner = zero3.Partitioner(config, load.dtype_of(cfg), grid.base_group)
+    partitioner = _partitioner(cfg, config, layers, grid, screen)
     show = _load_bar(screen)
     loaded = on_every_rank(lambda: load.fill(model, folder, world.device, partitioner, cuts, grid, show))
-    if partitioner and cfg.method == "lora":
+    if isinstance(partitioner, flat.FlatBase):
+        model.gathering = Gathering(partitioner)  # type: ignore[assignment]
+    elif partitioner and cfg.method == "lora":
         group = grid.own_group if keeps_adapters_whole(cfg, parameters.trainable) else grid.dp_group
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             zero3.partition_over(p, group)
@@ -200,6 +202,21 @@ def start_engine(
     engine = Engine(model, cfg, grid, config, dropout, cuts)
     work = work_of(cfg, folder, parameters, data, world)
     return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work)
+
+
+def _partitioner(
+    cfg: RunConfig, config: dict[str, Any], layers: list[nn.Module], grid: Grid, screen: Console
+) -> zero3.Partitioner | flat.FlatBase | None:
+    """Who cuts the base over the ranks; None where each keeps a whole one. Collective."""
+    if not keeps_base_flat(cfg):
+        three = cfg.parallel.zero_stage == 3
+        return zero3.Partitioner(config, load.dtype_of(cfg), grid.base_group) if three else None
+    if dist.get_world_size(grid.base_group) == 1:
+        return None
+    way, note = transport.choose(grid.world, grid.base_group, cfg.parallel.base_transport)
+    if note:
+        screen.line(f"note     {note}")
+    return flat.FlatBase(layers, way, grid.world.device)
 
 
 def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> dict[str, Split]:

@@ -5,18 +5,15 @@ held to that by tests which count the storages of saved tensors of tiny models o
 are counted by analogy with Llama, and `is_analogy` says so. Attention is sdpa's: scores are never stored.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lora_scale.spec.architecture import Architecture, Parameter
+from lora_scale.spec.architecture import Architecture, Parameter, layer_of
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.cost import FP32, ITEMSIZE
 from lora_scale.spec.families import FAMILIES, Family, has_suffix
 from lora_scale.spec.targets import ranks as adapter_ranks
-
-_LAYER = re.compile(r"^(.*?\.(?:layers|h)\.\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +88,8 @@ def layers(model: Architecture, cfg: RunConfig) -> list[Layer]:
     """The decoder layers in order."""
     found: dict[str, list[Parameter]] = {}
     for p in model.parameters:
-        if match := _LAYER.match(p.name):
-            found.setdefault(match[1], []).append(p)
+        if layer := layer_of(p.name):
+            found.setdefault(layer, []).append(p)
     row = FAMILIES.get("gpt2" if model.model_type == "gpt3" else model.model_type, FAMILIES["llama"])
     adapted = adapter_ranks(model, cfg.lora) if cfg.method == "lora" else {}
     return [_layer(model, row, parameters, adapted) for parameters in found.values()]

@@ -3,6 +3,7 @@
 Knows no family (that is `spec.shapes`), no torch, no files.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +16,8 @@ Kind = Literal["linear", "conv1d", "output", "table", "positions", "experts", "o
 tokens and of positions, are looked up, not multiplied; experts are fused, one matrix after another."""
 
 Config = Mapping[str, Any]
+
+_LAYER = re.compile(r"^(.*?\.(?:layers|h)\.\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,12 @@ class Architecture:
     experts: int = 0  # a layer
     experts_per_token: int = 0
     alibi: bool = False  # positions as a slope of each head
+
+
+def layer_of(parameter: str) -> str:
+    """The decoder layer that a parameter belongs to, by name; "" for one outside of them."""
+    match = _LAYER.match(parameter)
+    return match[1] if match else ""
 
 
 def size(config: Config, *names: str) -> int:

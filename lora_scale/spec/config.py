@@ -191,6 +191,13 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Tensor-parallel ranks also share the tokens between attention and MLP: norms, residuals and what recompute keeps
     take 1 / tensor_parallel_size of the memory (elsewhere: Megatron's sequence parallelism)."""
+    base_engine: Literal["flat", "deepspeed"] = "flat"
+    """Who keeps and gathers a frozen base under `zero_stage: 3`: `flat`, which cuts each layer into one piece a rank
+    and gathers it whole, ahead, into one of two buffers; or DeepSpeed's ZeRO-3, parameter by parameter. `method: full`
+    is always DeepSpeed's."""
+    base_transport: Literal["auto", "collective"] = "auto"
+    """How `flat` brings pieces together: `auto` lets the GPUs of one node read each other's memory where they can, and
+    else uses all-gathers, as `collective` always does."""
     base_sharding: Literal["world", "node"] = "world"
     """Over which ranks ZeRO-3 partitions the frozen base: all, or those of one node (elsewhere: hpZ, FSDP's hybrid
     sharding). With `node` every node holds one copy and only adapter gradients cross nodes."""

@@ -11,6 +11,9 @@ from math import prod
 
 from lora_scale.spec.splits import Split
 
+FLAT_ALIGNMENT = 512  # bytes; what a parameter begins at inside a flat unit, and a piece of it too
+FLAT_BUFFERS = 2  # gathered units at a time: the one at work and the next
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
@@ -37,13 +40,15 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The part of a parameter that one rank owns: a TP shard, then a ZeRO-3 partition of that shard."""
+    """The part of a parameter that one rank owns: a TP shard, then a run of it: a ZeRO-3 partition, or what lies in the
+    rank's piece of a flat unit."""
 
     split: Split | None = None  # None: whole on every TP rank
     tp_rank: int = 0
     tp_size: int = 1
     zero_rank: int = 0
     zero_size: int = 1
+    span: tuple[int, int] | None = None  # elements of the flattened shard, in place of an equal partition of it
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of this rank's TP shard of a tensor of that shape."""
@@ -81,10 +86,12 @@ def zero_spans(sources: Sequence[TensorEntry], place: Placement) -> Iterator[tup
 
 
 def zero_span(numel: int, place: Placement) -> tuple[int, int]:
-    """[start, stop) of this rank's ZeRO-3 partition in the flattened shard of `numel` elements.
+    """[start, stop) of this rank's part of the flattened shard of `numel` elements: `span`, or its ZeRO-3 partition.
 
     DeepSpeed gives every rank ceil(numel / zero_size) elements and pads the end; padding is left out here.
     """
+    if place.span is not None:
+        return place.span
     partition = -(-numel // place.zero_size)
     start = min(place.zero_rank * partition, numel)
     return start, min(start + partition, numel)
@@ -119,3 +126,13 @@ def ranges_in(source: TensorEntry, place: Placement, start: int, stop: int) -> I
                     source.file, source.offset + at * source.itemsize, (end - begin) * source.itemsize, source.dtype
                 )
             position += last - first
+
+
+def flat_piece(nbytes: int, ranks: int) -> int:
+    """Bytes of each rank's piece of a flat unit of so many bytes; the end of the last is padding."""
+    return -(-nbytes // (ranks * FLAT_ALIGNMENT)) * FLAT_ALIGNMENT
+
+
+def flat_bytes(members: Sequence[int]) -> int:
+    """Bytes of a flat unit, from those of its parameters."""
+    return sum(-(-nbytes // FLAT_ALIGNMENT) * FLAT_ALIGNMENT for nbytes in members)

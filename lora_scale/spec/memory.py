@@ -15,7 +15,8 @@ from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.cost import FP32, ITEMSIZE, Shape, checkpoint_bytes, numel
 from lora_scale.spec.errors import ConfigError
-from lora_scale.spec.states import Grid, States, frozen_shapes, trained_shapes
+from lora_scale.spec.layout import FLAT_BUFFERS
+from lora_scale.spec.states import Grid, States, flat_pieces, frozen_units, keeps_base_flat, trained_shapes
 from lora_scale.spec.states import states as states_of
 
 CALIBRATED_ON = "llama-7.2b with LoRA, 1 and 2 H200s, with and without recompute (docs/benchmarks, 2026-11-22)"
@@ -108,14 +109,14 @@ class Parts:
     """What a plan needs of a model, made once for the many plans of a search. Depends on method, adapter and tp."""
 
     layers: tuple[Layer, ...]
-    frozen: tuple[Shape, ...]  # of one rank's shards
+    frozen: tuple[tuple[Shape, ...], ...]  # of one rank's shards, by unit
     trained: tuple[Shape, ...]
 
 
 def parts_of(model: Architecture, cfg: RunConfig, tp: int = 1) -> Parts:
     return Parts(
         tuple(activations.layers(model, cfg)),
-        tuple(frozen_shapes(model, cfg, tp)),
+        tuple(map(tuple, frozen_units(model, cfg, tp))),
         tuple(trained_shapes(model, cfg, tp)),
     )
 
@@ -130,7 +131,7 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     tokens = cfg.train.micro_batch_size * cfg.data.seq_len
     each = {i: tokens * activations.kept(model, i, cfg, masked=work.masked, tp=grid.tp) for i in set(layers)}
     spaces = {i: tokens * activations.workspace(model, i, cfg, grid.tp) for i in set(layers)}
-    gather = gathered(cfg, layers, grid)
+    gather = gathered(cfg, layers, made.frozen, grid)
     inputs = layer_inputs(model, cfg, recomputed)
     embedding, last_norm = embedding_output(model, cfg), last_norm_input(model, cfg)
     all_kept = sum(each[layer] for layer in kept)
@@ -146,7 +147,7 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     moments["step"] = _moment(states, workspace=step_workspace(states, made.trained, cfg))
     return Memory(
         moments=moments,
-        waste=waste(gather),
+        waste=waste(0 if keeps_base_flat(cfg) else gather),
         context=CONTEXT,
         nccl=NCCL if grid.ranks > 1 else 0,
         host=HOST + (checkpoint_bytes(numel(made.trained) * grid.tp) if cfg.method == "lora" else 0),
@@ -207,12 +208,16 @@ def logits(model: Architecture, cfg: RunConfig, work: Work, tp: int = 1) -> int:
     return ceil(_tokens(cfg) * work.target_share) * ceil(model.vocabulary / tp) * 3 * FP32
 
 
-def gathered(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:
-    """ZeRO-3's whole parameters: `GATHERED_LAYERS` of the largest layer, at most the model; none with one rank to
-    gather from. Full fine-tuning without recompute keeps the weights of the layers' matrices: torch's linear pins what
-    it computed with until its backward pass (docs/log.md)."""
+def gathered(cfg: RunConfig, layers: Sequence[Layer], frozen: Sequence[Sequence[Shape]], grid: Grid) -> int:
+    """Whole parameters; none with one rank to gather from. A flat base has two buffers, each as large as its largest
+    unit. DeepSpeed's ZeRO-3 holds `GATHERED_LAYERS` of the largest layer, at most the model. Full fine-tuning without
+    recompute keeps the weights of the layers' matrices: torch's linear pins what it computed with until its backward
+    pass (docs/log.md)."""
     if cfg.parallel.zero_stage != 3 or (grid.base_over or grid.dp) == 1:
         return 0
+    if keeps_base_flat(cfg):
+        cut = [unit for unit in frozen if len(unit) > 1 or len(unit[0]) > 1]
+        return FLAT_BUFFERS * (grid.base_over or grid.dp) * max(flat_pieces(cut, cfg, grid))
     width, whole = ITEMSIZE[cfg.precision], sum(layer.numel for layer in layers)
     live = GATHERED_LAYERS * max(layer.numel for layer in layers)
     if cfg.method == "full":
@@ -223,7 +228,7 @@ def gathered(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:
 def weight_gradients(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:
     """Full fine-tuning: the gradients of a layer's weights before they are reduced, in the working precision; stage 0
     to 2 keep theirs among the states."""
-    if cfg.method == "lora" or cfg.parallel.zero_stage != 3:
+    if cfg.method != "full" or cfg.parallel.zero_stage != 3:
         return 0
     return ITEMSIZE[cfg.precision] * max(layer.numel for layer in layers) // grid.tp
 
@@ -231,7 +236,7 @@ def weight_gradients(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int
 def step_workspace(states: States, trained: Sequence[Shape], cfg: RunConfig) -> int:
     """AdamW over many tensors at once makes one fp32 temporary; ZeRO-3 copies the gradients of a group first."""
     elements = states.adam // 8
-    if cfg.parallel.zero_stage == 3:
+    if cfg.parallel.zero_stage == 3 and not keeps_base_flat(cfg):
         share = elements / max(1, numel(trained))  # of each tensor, that this rank steps
         return int(2 * FP32 * share * largest_group(trained, share))
     return FP32 * elements
@@ -250,7 +255,8 @@ def largest_group(trained: Sequence[Shape], share: float) -> int:
 
 
 def waste(gather: int) -> int:
-    """Reserved and never filled: ZeRO-3's buffers of many sizes on two streams make most of it."""
+    """Reserved and never filled: buffers of many sizes, that DeepSpeed's ZeRO-3 gathers into on two streams, make most
+    of it."""
     return int(WASTE[0] * GIB + WASTE[1] * gather)
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from lora_scale.spec import baselines
-from lora_scale.spec.architecture import Architecture
+from lora_scale.spec.architecture import Architecture, layer_of
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.cost import ADAM, FP32, ITEMSIZE, Shape, numel, reduce_bucket
 from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.layout import flat_bytes, flat_piece
 from lora_scale.spec.splits import Split, factor_splits, splits
 from lora_scale.spec.targets import ranks as adapter_ranks
 
@@ -69,22 +70,38 @@ def grid_of(model: Architecture, cfg: RunConfig, ranks: int, gpus_per_node: int 
     )
 
 
+def keeps_base_flat(cfg: RunConfig) -> bool:
+    """Whether the frozen base is kept in flat pieces of our own (`parallel.flat`), not by DeepSpeed's ZeRO-3."""
+    return cfg.parallel.zero_stage == 3 and cfg.method != "full" and cfg.parallel.base_engine == "flat"
+
+
+def deepspeed_stage(cfg: RunConfig, trainable: int) -> int:
+    """The stage that DeepSpeed is told. Beside a flat base it has the adapter only: replicated, or with its optimizer's
+    states partitioned."""
+    if not keeps_base_flat(cfg):
+        return cfg.parallel.zero_stage
+    return 0 if keeps_adapters_whole(cfg, trainable) else 1
+
+
 def keeps_adapters_whole(cfg: RunConfig, trainable: int) -> bool:
     """Whether ZeRO-3 leaves the adapter whole on every rank. Its values, gradient, second fp32 copy and two moments
     cost 20 bytes a parameter there."""
-    if cfg.method != "lora" or cfg.parallel.zero_stage != 3:
+    if cfg.parallel.zero_stage != 3 or not (cfg.method == "lora" or keeps_base_flat(cfg)):
         return False
     if cfg.parallel.adapter_sharding == "auto":
         return 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
     return cfg.parallel.adapter_sharding == "replicate"
 
 
-def frozen_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Shape]:
-    """Shapes of one rank's shards of everything that is frozen."""
+def frozen_units(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[list[Shape]]:
+    """Shapes of one rank's shards of everything that is frozen, by what a flat base gathers at once: a decoder layer,
+    or a tensor outside of them."""
     if cfg.method == "full":
         return []
-    cuts = splits(model, tp)
-    return [_largest(p.shape, cuts.get(p.name), tp) for p in model.parameters]
+    cuts, units = splits(model, tp), dict[str, list[Shape]]()
+    for p in model.parameters:
+        units.setdefault(layer_of(p.name) or p.name, []).append(_largest(p.shape, cuts.get(p.name), tp))
+    return list(units.values())
 
 
 def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Shape]:
@@ -110,11 +127,22 @@ def _largest(shape: Shape, split: Split | None, tp: int) -> Shape:
 
 def model_states(model: Architecture, cfg: RunConfig, grid: Grid) -> States:
     """Bytes held when gradients and Adam's moments are both there: at the end of a step's last backward pass."""
-    return states(frozen_shapes(model, cfg, grid.tp), trained_shapes(model, cfg, grid.tp), cfg, grid)
+    return states(frozen_units(model, cfg, grid.tp), trained_shapes(model, cfg, grid.tp), cfg, grid)
 
 
-def states(frozen: Iterable[Shape], trained: Sequence[Shape], cfg: RunConfig, grid: Grid) -> States:
-    """The same from the shapes of one rank's shards.
+def flat_pieces(units: Iterable[Sequence[Shape]], cfg: RunConfig, grid: Grid) -> list[int]:
+    """Bytes of a rank's piece of each unit of a flat base; of a vector outside of the layers, all of it."""
+    width, over, found = ITEMSIZE[cfg.precision], grid.base_over or grid.dp, []
+    for unit in units:
+        if over == 1 or (len(unit) == 1 and len(unit[0]) == 1):
+            found.append(width * numel(unit))
+        else:
+            found.append(flat_piece(flat_bytes([width * prod(shape) for shape in unit]), over))
+    return found
+
+
+def states(frozen: Sequence[Sequence[Shape]], trained: Sequence[Shape], cfg: RunConfig, grid: Grid) -> States:
+    """The same from the shapes of one rank's shards, the frozen ones by unit.
 
     ZeRO-3 cuts every tensor into ceil(numel / ranks) elements a rank; stages 1 and 2 lay what trains end to end,
     tensors that decay apart from those that do not, padded to a multiple of 2 x ranks elements.
@@ -122,7 +150,10 @@ def states(frozen: Iterable[Shape], trained: Sequence[Shape], cfg: RunConfig, gr
     ranks = grid.dp
     stage, width = cfg.parallel.zero_stage, ITEMSIZE[cfg.precision]
     trained_width = width if cfg.method == "full" else FP32
-    base = width * sum(ceil(prod(shape) / ((grid.base_over or ranks) if stage == 3 else 1)) for shape in frozen)
+    over = (grid.base_over or ranks) if stage == 3 else 1
+    base = width * sum(ceil(prod(shape) / over) for unit in frozen for shape in unit)
+    if keeps_base_flat(cfg):
+        base, stage = sum(flat_pieces(frozen, cfg, grid)), 0 if grid.adapter_over == 1 else 1
     groups = [[prod(s) for s in trained if (len(s) >= 2) is decays] for decays in (True, False)]
     if stage == 0:
         whole = numel(trained)
@@ -133,7 +164,7 @@ def states(frozen: Iterable[Shape], trained: Sequence[Shape], cfg: RunConfig, gr
     else:
         held = sum(_padded(group, ranks) for group in groups)
         part, bucket = held // ranks, 0
-        gradients = _gradients(groups, held, trained_width, cfg, ranks)
+        gradients = _gradients(groups, held, trained_width, cfg, ranks, stage)
     return States(
         base=base,
         trained=trained_width * held,
@@ -144,13 +175,15 @@ def states(frozen: Iterable[Shape], trained: Sequence[Shape], cfg: RunConfig, gr
     )
 
 
-def _gradients(groups: Sequence[Sequence[int]], held: int, trained_width: int, cfg: RunConfig, ranks: int) -> int:
+def _gradients(
+    groups: Sequence[Sequence[int]], held: int, trained_width: int, cfg: RunConfig, ranks: int, stage: int
+) -> int:
     """Stages 1 and 2: bytes of gradients on the rank that holds most."""
     whole = sum(map(sum, groups))
     accumulates = cfg.train.global_batch_size > cfg.train.micro_batch_size * ranks
-    if cfg.parallel.zero_stage == 1 and trained_width != FP32:
+    if stage == 1 and trained_width != FP32:
         return FP32 * held + trained_width * whole  # DeepSpeed's bf16 optimizer keeps an fp32 sum beside every .grad
-    if cfg.parallel.zero_stage == 1 and accumulates:
+    if stage == 1 and accumulates:
         return FP32 * whole  # cut only after the last micro-batch
     if trained_width != FP32:
         return FP32 * (held // ranks)
