@@ -75,7 +75,7 @@ def test_moments_by_hand() -> None:
     everything = memory.memory(LLAMA, run_config(2, recompute="all", **cfg), Grid(2), Work(masked=False)).moments
     assert list(everything) == ["loss", "recompute", "step"]
     assert everything["loss"].layer_inputs == 32 * tokens * 4096 * 2 and everything["loss"].layers_kept == 0
-    assert everything["loss"].gathered == 4 * 2 * (218_103_808 + 2 * 4096)
+    assert everything["loss"].gathered == 2 * 2 * (218_103_808 + 2 * 4096)
     assert everything["recompute"].one_layer == tokens * one_layer
     some = memory.memory(LLAMA, run_config(recompute=8, **cfg), Grid(1), Work(masked=False)).moments
     assert list(some) == ["loss", "backward", "recompute", "step"]

@@ -89,6 +89,8 @@ CASES: dict[str, Case] = {
     # point 1
     "100b-tp2": _on_100b(*TP2, AUTO),
     "100b-zero3": _on_100b(*ZERO3, AUTO),
+    "100b-zero3-collective": _on_100b(*ZERO3, AUTO, "parallel.base_transport=collective", note="all-gathers"),
+    "100b-zero3-deepspeed": _on_100b(*ZERO3, AUTO, "parallel.base_engine=deepspeed", note="DeepSpeed's own gathers"),
     "100b-tp2-all": _on_100b(*TP2, ALL),
     "100b-zero3-all": _on_100b(*ZERO3, ALL),
     "100b-zero3-plain": _on_100b(*ZERO3, ALL, PLAIN, note="for the waterfall"),
