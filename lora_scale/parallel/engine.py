@@ -169,7 +169,7 @@ class Engine:
         self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._parts = self.parts() if clips_itself(cfg) else []
         self.clock = PhaseClock(self.world.device)
-        if cfg.parallel.zero_stage:
+        if self.ds.zero_optimization_stage():
             zero3.around_waits(self.ds, partial(exposed, self.world.device))
 
     def parts(self) -> list[masters.Part]:

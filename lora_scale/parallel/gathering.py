@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lora_scale.adapters import marks
 from lora_scale.adapters.frozen import FrozenConv1D, FrozenLinear
+from lora_scale.parallel.clock import exposed
 from lora_scale.parallel.flat import FlatBase, Member, Unit
 from lora_scale.spec.layout import FLAT_BUFFERS
 
@@ -140,7 +141,8 @@ class Gathering:
         buffer = self._holding(unit) or self._gather(unit)
         assert buffer is not None, "more units are in use than there are buffers"
         if buffer.gathered is not None:
-            torch.cuda.current_stream(self.base.device).wait_event(buffer.gathered)
+            with exposed(self.base.device):
+                torch.cuda.current_stream(self.base.device).wait_event(buffer.gathered)
         buffer.busy = True
         for member in unit.members:
             member.parameter.data = buffer.view(member)
