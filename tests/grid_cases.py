@@ -57,24 +57,23 @@ def loaded_parts(here: World, tree: dict[str, Any]) -> dict[str, Any]:
     read = metrics.bytes_read() - before
     config = job.folder.config
     cuts = splits.splits(shapes.architecture(config), job.engine.grid.tp_size)
-    wrong = []
-    for name, partition in job.loaded.partitions.items():
-        name = lora.file_name(name)
+    wrong, spans = [], {}
+    for parameter, partition in job.loaded.partitions.items():
+        name = lora.file_name(parameter)
         with safe_open(job.folder.tensors[name].file, "pt") as file:
             whole = file.get_tensor(name)
         shard = masters.Shard(cuts.get(name), job.engine.grid.tp_rank, job.engine.grid.tp_size).of(whole)
         if name in cuts and cuts[name].parts[0].kept == "first" and job.engine.grid.tp_rank:
             shard = torch.zeros_like(whole)
-        stage_3 = job.cfg.parallel.zero_stage == 3
-        base = job.engine.grid.base_group
-        rank, size = (dist.get_rank(base), dist.get_world_size(base)) if stage_3 else (0, 1)
-        part = -(-shard.numel() // size)
-        mine = shard.reshape(-1)[part * rank : part * (rank + 1)].to(partition.dtype)
+        first, last = job.loaded.spans[parameter]
+        spans[name] = (first, last, shard.numel())
+        mine = shard.reshape(-1)[first:last].to(partition.dtype)
         if not torch.equal(partition[: mine.numel()], mine) or partition[mine.numel() :].any():
             wrong.append(name)
     job.engine.ds.destroy()
     weights = sum(entry.nbytes for entry in job.folder.tensors.values())
-    return {"wrong": wrong, "counted": job.loaded.nbytes, "read": read, "weights": weights, "sizes": sizes}
+    found = {"wrong": wrong, "counted": job.loaded.nbytes, "read": read, "weights": weights, "sizes": sizes}
+    return found | {"spans": spans, "shard": job.engine.grid.tp_rank}
 
 
 def save(here: World, tree: dict[str, Any], step: int) -> Trace:
@@ -124,7 +123,13 @@ def train_only(job: setup.Job, number: int) -> None:
     job.engine.train_step(job.data.plan.step(number), number, 1e-3)
 
 
-COLLECTIVES = ("all_reduce", transport.ALL_GATHER, "reduce_scatter_tensor", "all_gather", "broadcast")
+COLLECTIVES = (
+    "all_reduce",
+    *{transport.ALL_GATHER, "all_gather_into_tensor"},
+    "reduce_scatter_tensor",
+    "all_gather",
+    "broadcast",
+)
 
 
 @contextmanager

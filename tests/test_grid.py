@@ -77,17 +77,22 @@ def test_a_fault_is_seen(name: str, faulty: dict[str, Any]) -> None:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (4, 3)])
+@pytest.mark.parametrize(("ranks", "stage", "engine"), [(2, 0, "flat"), (4, 3, "flat"), (4, 3, "deepspeed")])
 def test_each_rank_holds_its_slice_and_the_group_reads_every_byte_once(
-    ranks: int, stage: int, rows: Path, tmp_path: Path
+    ranks: int, stage: int, engine: str, rows: Path, tmp_path: Path
 ) -> None:
     """Matrices of 2 MiB, so that columns are exchanged, and small ones, that are read piece by piece."""
     sizes = {**HEADS, "hidden_size": 256, "intermediate_size": 2048, "attention_bias": True, "mlp_bias": True}
     folder = tiny_folder(tmp_path / "model", **sizes, dtype=torch.float32)
-    tree = tree_of(folder, rows, tmp_path / "run", 2, parallel__zero_stage=stage)
+    tree = tree_of(folder, rows, tmp_path / "run", 2, parallel__zero_stage=stage, parallel__base_engine=engine)
     found = run_ranks(ranks, "grid_cases:loaded_parts", tree, folder=tmp_path / "ranks")
     copies = 1 if stage == 3 else ranks // 2
     assert [one["wrong"] for one in found] == [[]] * ranks
+    for name, (_, _, numel) in found[0]["spans"].items():
+        for shard in (0, 1):
+            kept = sorted(set(one["spans"][name][:2] for one in found if one["shard"] == shard))
+            owned = [i for first, last in kept for i in (first, last) if first < last]
+            assert [0, *owned[1:-1:2]] == owned[::2] and owned[-1] == numel, (name, kept)
     weights = found[0]["weights"]
     assert 1.0 <= sum(one["counted"] for one in found) / (copies * weights) <= 1.02  # norms are read by both
     large = [size for one in found for size in one["sizes"] if size >= 1 << 19]
@@ -156,6 +161,7 @@ def test_a_base_on_each_node_changes_no_loss_and_moves_no_base_between_nodes(row
         "node": {"parallel__base_sharding": "node"},
         "node, adapter partitioned": {"parallel__base_sharding": "node", "parallel__adapter_sharding": "zero"},
         "node, recompute": {"parallel__base_sharding": "node", "recompute": "all"},
+        "node, by DeepSpeed": {"parallel__base_sharding": "node", "parallel__base_engine": "deepspeed"},
         "world": {},
     }
     trees = {name: tree_of(single, rows, tmp_path / "run", **changes) for name, changes in ways.items()}

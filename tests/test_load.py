@@ -15,7 +15,7 @@ from tiny import tiny_folder
 from torch import nn
 from training import config, write_rows
 
-from lora_scale.parallel import grid, load, memory, metrics, setup, zero3
+from lora_scale.parallel import flat, grid, load, memory, metrics, recompute, setup, transport, zero3
 from lora_scale.parallel.engine import ds_config
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec.config import ParallelConfig, RunConfig
@@ -36,12 +36,21 @@ FORMS: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 
 
-def _partitioner(tree: dict[str, Any]) -> zero3.Partitioner:
+Partitioner = zero3.Partitioner | flat.FlatBase | None
+
+
+def _partitioner(tree: dict[str, Any], model: nn.Module) -> Partitioner:
     cfg = RunConfig.model_validate(tree)
+    if cfg.parallel.zero_stage != 3:
+        return None
+    if cfg.parallel.base_engine == "flat":
+        model.requires_grad_(False)
+        way = transport.Collective(dist.group.WORLD)
+        return flat.FlatBase(recompute.decoder_layers(model), way, torch.device("cpu"))
     return zero3.Partitioner(ds_config(cfg, 1, 1000, 1000, []), load.dtype_of(cfg), dist.group.WORLD)
 
 
-def _fill(model: nn.Module, folder: ModelFolder, here: World, partitioner: zero3.Partitioner | None) -> load.Loaded:
+def _fill(model: nn.Module, folder: ModelFolder, here: World, partitioner: Partitioner) -> load.Loaded:
     return load.fill(model, folder, here.device, partitioner, {}, grid.make(ParallelConfig(), here))
 
 
@@ -56,17 +65,31 @@ def loaded_equals_transformers(here: World, trees: dict[str, dict[str, Any]]) ->
         cfg = RunConfig.model_validate(tree)
         folder = open_folder(cfg.model.path)
         model = load.empty(folder, cfg)
-        _fill(model, folder, here, _partitioner(tree) if cfg.parallel.zero_stage == 3 else None)
+        base = _partitioner(tree, model)
+        _fill(model, folder, here, base)
         theirs = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=load.dtype_of(cfg))
         expected = dict(theirs.named_parameters())
         assert [n for n, _ in model.named_parameters()] == list(expected)
-        wrong[name] = []
+        wrong[name] = _different(base, expected) if isinstance(base, flat.FlatBase) else []
         with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
-            wrong[name] += [n for n, p in model.named_parameters() if not torch.equal(p, expected[n])]
+            here_whole = [
+                (n, p) for n, p in model.named_parameters() if p.numel() or not isinstance(base, flat.FlatBase)
+            ]
+            wrong[name] += [n for n, p in here_whole if not torch.equal(p, expected[n])]
         buffers = dict(theirs.named_buffers())
         wrong[name] += [
             n for n, b in model.named_buffers() if b.dtype != buffers[n].dtype or not torch.equal(b, buffers[n])
         ]
+    return wrong
+
+
+def _different(base: flat.FlatBase, expected: dict[str, nn.Parameter]) -> list[str]:
+    """Names of the parameters that differ in their gathered unit."""
+    wrong = []
+    for unit in base.units:
+        whole = torch.empty(unit.piece * base.transport.size, dtype=torch.uint8)
+        base.transport.gather(whole, unit.offset, unit.piece)
+        wrong += [m.name for m in unit.members if not torch.equal(m.of(whole), expected[m.name])]
     return wrong
 
 
@@ -77,9 +100,12 @@ def test_every_tensor_equals_from_pretrained(ranks: int, tmp_path: Path) -> None
     for model_type, stored, precision, changes in FORMS:
         name = f"{model_type} {stored} in {precision}"
         folder = tiny_folder(tmp_path / name.replace(" ", "-"), model_type, getattr(torch, stored), **changes)
-        for stage in (3, 0) if model_type == "llama" else (3,):
-            changed = {"precision": precision, "parallel__zero_stage": stage}
-            trees[f"{name}, stage {stage}"] = config(folder, tmp_path / "no.jsonl", tmp_path / "run", **changed)
+        ways = ((3, "flat"), (3, "deepspeed"), (0, "flat")) if model_type == "llama" else ((3, "flat"),)
+        for stage, engine in ways:
+            changed = {"precision": precision, "parallel__zero_stage": stage, "parallel__base_engine": engine}
+            trees[f"{name}, stage {stage}, {engine}"] = config(
+                folder, tmp_path / "no.jsonl", tmp_path / "run", **changed
+            )
     for found in run_ranks(ranks, "test_load:loaded_equals_transformers", trees, folder=tmp_path / "ranks"):
         assert found == {name: [] for name in trees}
 
@@ -89,11 +115,11 @@ def bytes_of_loading(here: World, tree: dict[str, Any]) -> dict[str, Any]:
     meanwhile."""
     cfg = RunConfig.model_validate(tree)
     load.empty(open_folder(cfg.model.path), cfg)  # imports and caches
-    partitioner = _partitioner(tree) if cfg.parallel.zero_stage == 3 else None
     before, anonymous = metrics.bytes_read(), memory.host_memory()["RssAnon"]
     folder = open_folder(cfg.model.path)
     on_rank_zero(lambda: fingerprint(folder))
     model = load.empty(folder, cfg)
+    partitioner = _partitioner(tree, model)
     with _Peak() as peak:
         loaded = _fill(model, folder, here, partitioner)
     kept = sum(t.numel() * t.element_size() for t in loaded.partitions.values())
@@ -129,11 +155,15 @@ class _Peak:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 3), (3, 3), (4, 3), (2, 0)])
-def test_bytes_are_read_once(ranks: int, stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "stage", "engine"),
+    [(1, 3, "flat"), (2, 3, "flat"), (3, 3, "flat"), (4, 3, "flat"), (3, 3, "deepspeed"), (2, 0, "flat")],
+)
+def test_bytes_are_read_once(ranks: int, stage: int, engine: str, tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 4000}
     folder = tiny_folder(tmp_path / "model", "llama", **shape)
-    tree = config(folder, tmp_path / "no.jsonl", tmp_path / "run", precision="bf16", parallel__zero_stage=stage)
+    changes = {"parallel__zero_stage": stage, "parallel__base_engine": engine}
+    tree = config(folder, tmp_path / "no.jsonl", tmp_path / "run", precision="bf16", **changes)
     found = run_ranks(ranks, "test_load:bytes_of_loading", tree, folder=tmp_path / "ranks")
     copies = 1 if stage == 3 else ranks
     together = sum(one["read"] for one in found) / found[0]["weights"] / copies
@@ -148,7 +178,7 @@ def fails(here: World, tree: dict[str, Any]) -> str:
     cfg = RunConfig.model_validate(tree)
     folder = open_folder(cfg.model.path)
     model = load.empty(folder, cfg)
-    partitioner = _partitioner(tree)
+    partitioner = _partitioner(tree, model)
     on_rank_zero(lambda: None)  # every rank has read the headers
     if here.is_first:
         largest = max(folder.files, key=lambda path: path.stat().st_size)

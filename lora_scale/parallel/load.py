@@ -23,7 +23,7 @@ from lora_scale.parallel.reading import Wanted
 from lora_scale.parallel.zero3 import Partitioner
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError, ModelError
-from lora_scale.spec.layout import Placement, TensorEntry
+from lora_scale.spec.layout import Placement, TensorEntry, zero_span
 from lora_scale.spec.splits import Split
 from lora_scale.storage.folder import ModelFolder, sources, unused
 
@@ -113,6 +113,7 @@ class Loaded:
     nbytes: int = 0
     seconds: float = 0.0
     partitions: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> what this rank keeps, flat
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  # which elements of its flattened shard these are
     unused: tuple[str, ...] = ()  # tensors of the files that no parameter took
 
     @property
@@ -152,7 +153,8 @@ def fill(
     wanted = [Wanted(entries[home.name], home.place, storage[home.name]) for home in homes]
     nbytes = reading.read(wanted, device, grid, progress)
     left = unused(folder, (entry for found in entries.values() for entry in found), _tied(model))
-    return Loaded(nbytes, time.perf_counter() - start, storage, tuple(left))
+    spans = {home.name: zero_span(prod(home.shape), home.place) for home in homes}
+    return Loaded(nbytes, time.perf_counter() - start, storage, spans, tuple(left))
 
 
 @dataclass(frozen=True, slots=True)
