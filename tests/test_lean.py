@@ -124,3 +124,11 @@ def test_kernels_are_as_near_to_fp32_as_plain_bf16(model_type: str) -> None:
             errors.append(((runs[key][name] - exact).norm() / exact.norm()).item())
         assert error["ours"][-1] <= 3 * max(error["plain"][-1], 0.004), name  # one tensor is a small sample
     assert 0 < sum(error["ours"]) <= 2 * sum(error["plain"])
+
+
+def test_what_has_arrived_is_remembered_by_nobody() -> None:
+    """A collective's handle keeps its output alive; 180 gathered inputs would be kept until backward."""
+    x = torch.zeros(2)
+    waits = [(2, lambda: None)]
+    marks.let_arrive(x, waits)
+    assert len(marks.arriving(x)) == 1 and waits == [] and marks.arriving(x) == []

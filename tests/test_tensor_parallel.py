@@ -69,7 +69,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tree_of(
     folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: str, dropout: float, sequence: bool
 ) -> dict[str, Any]:
-    """One pass a step under ZeRO-3; at stage 0 passes of one block, accumulated: collectives that hide (overlap)."""
+    """One pass a step under ZeRO-3; at stage 0 passes of one block, accumulated, whose collectives hide (overlap)."""
     return config(
         folder,
         rows,
@@ -80,6 +80,7 @@ def tree_of(
         train__micro_batch_size=4 // dp if stage else 1,
         parallel__tensor_parallel_size=tp,
         parallel__sequence_parallel=sequence and tp > 1,
+        parallel__overlap=stage == 0,
         parallel__zero_stage=stage,
         recompute=recompute,
         lora__dropout=dropout,

@@ -88,11 +88,11 @@ def let_arrive(x: Tensor, arrivals: list[Arrival]) -> None:
 
 
 def arriving(x: Tensor) -> list[Arrival]:
-    """What `x` still waits for; whoever asks must wait."""
+    """What `x` still waits for; whoever asks must wait. Nothing remembers it: it would keep `x` alive."""
     arrivals: list[Arrival] = getattr(x, "_arrivals", [])
-    if arrivals:
-        let_arrive(x, [])
-    return arrivals
+    taken = arrivals.copy()
+    arrivals.clear()
+    return taken
 
 
 class _Read(torch.autograd.Function):

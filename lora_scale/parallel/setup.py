@@ -230,7 +230,8 @@ def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> di
         raise ConfigError(f"{ranks}, but {error}; set it to 1: ZeRO-3 shards every model") from error
     row = family(str(folder.config["model_type"]))
     assert row is not None, "splits() refuses such a model"
-    tensor_parallel.apply(model, row, found, grid, sequence_parallel=cfg.parallel.sequence_parallel)
+    ways = {"sequence_parallel": cfg.parallel.sequence_parallel, "overlaps": cfg.parallel.overlap}
+    tensor_parallel.apply(model, row, found, grid, **ways)
     return found
 
 

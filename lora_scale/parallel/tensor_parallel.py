@@ -61,7 +61,13 @@ def shared_elements(model: nn.Module, splits: Mapping[str, Split], grid: Grid) -
 
 
 def apply(
-    model: nn.Module, row: Family, splits: Mapping[str, Split], grid: Grid, *, sequence_parallel: bool = False
+    model: nn.Module,
+    row: Family,
+    splits: Mapping[str, Split],
+    grid: Grid,
+    *,
+    sequence_parallel: bool = False,
+    overlaps: bool = False,
 ) -> None:
     """Cut the adapters and put the operators around the layers; the base may be on meta, whole."""
     _cut_adapters(model, factor_splits(model, splits), grid)
@@ -81,11 +87,11 @@ def apply(
         elif has_suffix(module, row.colwise):
             blocks.add(module.rpartition(".")[0])
         elif has_suffix(module, row.rowwise):
-            by_chunks = sequence_parallel and overlap.scatter_output(modules[module], grid.tp_group)
+            by_chunks = sequence_parallel and overlaps and overlap.scatter_output(modules[module], grid.tp_group)
             if not by_chunks:
                 _after(modules[module], leave, grid)
     for block in blocks:
-        by_chunks = sequence_parallel and overlap.reads_by_chunks(modules[block])
+        by_chunks = sequence_parallel and overlaps and overlap.reads_by_chunks(modules[block])
         _before(modules[block], overlap.gather_for_readers if by_chunks else enter, grid)
         _divide(modules[block], row.divided, grid.tp_size)
     _cut_vocabulary(model, grid)
