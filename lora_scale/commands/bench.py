@@ -95,9 +95,9 @@ def waterfall(records: tuple[Path, ...], chart: str, out: Path) -> None:
 
 
 def _run(cases: dict[str, Case], bench: Bench, record: dict[str, Any], out: Path, keep: bool) -> None:
-    """Every case that the record has no figures of. The record is whole after each."""
-    done = {row["name"] for row in record["rows"] if "failed" not in row}
-    left = [name for name in cases if name not in done]
+    """Every case that the record has no figures of, as the case is now. The record is whole after each."""
+    done = [(row["name"], row["settings"]) for row in record["rows"] if "failed" not in row]
+    left = [name for name, case in cases.items() if (name, list(case.settings)) not in done]
     _forget_models(bench, [] if keep else [m for m in MODELS if m not in {cases[name].model for name in left}])
     for number, name in enumerate(left):
         click.echo(f"{number + 1}/{len(left)} {name}", err=True, nl=False)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_scale.commands.benching.cases import GATES, MODELS, WATERFALLS, Case, Condition, Gate
+from lora_scale.commands.benching.cases import CASES, GATES, MODELS, TINY, WATERFALLS, Case, Condition, Gate
 from lora_scale.commands.benching.running import Row, figure, is_ours
 from lora_scale.spec.errors import UsageError
 from lora_scale.storage import figures
@@ -61,8 +61,8 @@ def runs(rows: Rows) -> str:
         "| load s |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    order = list(MODELS)
-    for row in sorted(rows.values(), key=lambda row: order.index(row["model"])):
+    models, names = list(MODELS), [*CASES, *TINY, *rows]
+    for row in sorted(rows.values(), key=lambda row: (models.index(row["model"]), names.index(row["name"]))):
         start = f"| {row['name']} | {row.get('peer', row['who'])} | {row['model']} | {row['ranks']} "
         if "failed" in row:
             lines.append(f"{start}| {row['failed']} | | | | |")
@@ -112,17 +112,22 @@ def _cases(gate: Gate) -> set[str]:
 
 
 def _verdict(ways: list[list[tuple[Condition, float | None]]]) -> str:
+    if any(condition.goal is None for way in ways for condition, _ in way):
+        return "no goal"
     if any(all(value is not None and _holds(condition, value) for condition, value in way) for way in ways):
         return "yes"
     return "not measured" if any(value is None for way in ways for _, value in way) else "**no**"
 
 
 def _holds(condition: Condition, value: float) -> bool:
+    assert condition.goal is not None
     return value >= condition.goal if condition.at_least else value <= condition.goal
 
 
 def _goal(condition: Condition, named: bool) -> str:
     name = f"{WORDS[condition.figure]} " if named else ""
+    if condition.goal is None:
+        return "-"
     return f"{name}{'>=' if condition.at_least else '<='} {_number(condition, condition.goal)}"
 
 
