@@ -104,7 +104,8 @@ def _run(cases: dict[str, Case], bench: Bench, record: dict[str, Any], out: Path
         row = running.measure(name, cases[name], bench)
         row |= {"commit": provenance.commit(), "made": _now()}
         record["rows"] = [other for other in record["rows"] if other["name"] != name] + [row]
-        record["hardware"].setdefault("device", row.get("device"))
+        if device := row.get("device"):
+            record["hardware"]["device"] = device
         write_text_atomically(out, json.dumps(record, indent=1) + "\n")
         click.echo(f": {tables.in_short(row)}", err=True)
         model = cases[name].model
@@ -137,7 +138,7 @@ def _record(out: Path, resume: bool, tiny: bool) -> dict[str, Any]:
         "made": _now(),
         "commit": commit,
         "versions": provenance.versions(),
-        "hardware": {"device": rows[0].get("device")} if rows else {},
+        "hardware": {"device": next((row["device"] for row in rows if "device" in row), None)},
         "rows": rows,
     }
 

@@ -86,7 +86,8 @@ def gates(rows: Rows) -> str:
             continue
         goal = " or ".join(_all(_goal(condition, len(way) > 1) for condition, _ in way) for way in ways)
         found = dict.fromkeys(_figure(condition, value, len(way) > 1) for way in ways for condition, value in way)
-        lines.append(f"| {gate.point} | {gate.says} | {goal} | {', '.join(found)} | {_verdict(ways)} |")
+        shown = f"{', '.join(found)}{_left_out(gate, rows)}"
+        lines.append(f"| {gate.point} | {gate.says} | {goal} | {shown} | {_verdict(ways)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -105,6 +106,13 @@ def seen(condition: Condition, rows: Rows) -> float | None:
 
 def _figure_of(rows: Rows, name: str, what: str) -> float | None:
     return figure(rows[name], what) if name in rows else None
+
+
+def _left_out(gate: Gate, rows: Rows) -> str:
+    """Says where a best peer is the best of some only; one that was run and failed is not left out."""
+    peers = gate.ways[0][0].peers
+    run = [name for name in peers if name in rows]
+    return f" ({len(run)} of {len(peers)} peers run)" if 0 < len(run) < len(peers) else ""
 
 
 def _cases(gate: Gate) -> set[str]:
