@@ -2,10 +2,13 @@
 """Predicted against measured memory over a grid of runs, each through `lora-scale train`; a record, and its table.
 
     python scripts/memory_grid.py run --work /dev/shm/grid --out docs/benchmarks/NAME.json [--only NAME]... [--tiny]
+    python scripts/memory_grid.py collect --out docs/benchmarks/NAME.json [--calibration RUN]... RUN_DIR...
     python scripts/memory_grid.py table docs/benchmarks/NAME.json
 
 `run` writes random checkpoints and rows into --work as it needs them, runs what this machine has GPUs for, one after
 the other, and writes the record anew after each: what was cut short is kept. A run that fails is a row that says so.
+`collect` makes rows of run directories that are there, planned anew by the code as it is; `planned_then` is what the
+run itself predicted.
 `--tiny` goes through the same with tiny shapes, on a CPU too, where only states are compared. Rows marked `calibration`
 are those that constants in lora_scale/spec/memory.py come from; they do not count as a test of them.
 """
@@ -23,7 +26,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora_scale.commands.benching import materials
-from lora_scale.spec.memory import CALIBRATED_ON, GIB
+from lora_scale.spec import cost, named, planning
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.memory import CALIBRATED_ON, GIB, Work
+from lora_scale.spec.shapes import architecture
+from lora_scale.spec.states import grid_of
 from lora_scale.storage import provenance
 from lora_scale.storage.runlog import read_manifest, read_memory, read_metrics
 
@@ -43,13 +50,14 @@ class Case:
 
 
 GRID = {
-    "1b-none": Case(preset="1b", changes=("recompute=none", "train.micro_batch_size=4")),
-    "1b-all-long": Case(preset="1b", seq_len=8192, changes=("recompute=all",)),
+    "1b-none": Case(preset="1b", changes=("recompute=none", "train.micro_batch_size=4", "parallel.zero_stage=0")),
+    "1b-all-long": Case(preset="1b", seq_len=8192, changes=("recompute=all", "parallel.zero_stage=0")),
     "1b-full": Case(preset="1b", changes=("method=full", "recompute=all")),
     "1b-full-none": Case(preset="1b", changes=("method=full", "recompute=none")),
-    "7b-all": Case(preset="8b", changes=("recompute=all", "train.micro_batch_size=2"), calibration=True),
-    "7b-none": Case(preset="8b", changes=("recompute=none", "train.micro_batch_size=2"), calibration=True),
-    "7b-some-long": Case(preset="8b", seq_len=8192, changes=("recompute=16",)),
+    "7b-all": Case(preset="8b", changes=("recompute=all", "train.micro_batch_size=2", "parallel.zero_stage=0")),
+    "7b-none": Case(preset="8b", changes=("recompute=none", "train.micro_batch_size=2", "parallel.zero_stage=0")),
+    "7b-some-long": Case(preset="8b", seq_len=8192, changes=("recompute=16", "parallel.zero_stage=0")),
+    "7b-full": Case(preset="8b", changes=("method=full", "recompute=all")),
     "7b-2gpu-some": Case(preset="8b", ranks=2, changes=("recompute=16", "train.micro_batch_size=2")),
     "7b-2gpu-all-linear": Case(
         preset="8b", ranks=2, changes=("recompute=none", "lora.r=64", "lora.target_modules=[all-linear]")
@@ -91,10 +99,28 @@ def measure(name: str, case: Case, work: Path) -> dict[str, Any]:
     return row | _figures(run_dir)
 
 
-def _figures(run_dir: Path) -> dict[str, Any]:
+def collected(run_dir: Path, calibration: list[str]) -> dict[str, Any]:
+    """The row of a run that was made some time ago. Settings that did not exist then are as they were without them."""
+    manifest, resolved = read_manifest(run_dir), json.loads((run_dir / "config.resolved.json").read_text())
+    resolved.setdefault("kernels", "none")
+    resolved["parallel"].pop("base_engine", None)
+    cfg, ranks = RunConfig.model_validate(resolved), manifest["ranks"]
+    total = manifest["parameters"]["total"] - manifest["parameters"]["trainable"] * (cfg.method == "lora")
+    models = (architecture(config) for config in named.SHAPES.values())
+    model = next(model for model in models if cost.total(model) == total)
+    job = planning.job_of(model, cfg, grid_of(model, cfg, ranks, ranks), Work(**manifest["plan"]["assumes"]))
+    name = run_dir.name
+    row = {"name": name, "calibration": name in calibration, "ranks": ranks, "command": manifest["command"]}
+    row |= {"commit": manifest["commit"], "settings": {k: resolved[k] for k in ("method", "recompute", "kernels")}}
+    row["settings"] |= {k: resolved["parallel"].get(k) for k in ("zero_stage", "tensor_parallel_size", "base_engine")}
+    then = manifest["plan"]["this_run"]["allocated"]
+    return row | _figures(run_dir, planning.plan(job)["this_run"]) | {"planned_then": then}
+
+
+def _figures(run_dir: Path, run: dict[str, Any] | None = None) -> dict[str, Any]:
     """Bytes of the rank that holds most, planned beside measured."""
     manifest, rows = read_manifest(run_dir), [row for row in read_metrics(run_dir) if "loss" in row]
-    run = manifest["plan"]["this_run"]
+    run = run or manifest["plan"]["this_run"]
     ranks = [rows_of for rows_of in read_memory(run_dir).values()]
     steps = [row for rows_of in ranks for row in rows_of if "categories" in row and row.get("phase") != "load"]
     planned = {"states": run["model_states"]["total"], "peak": run["allocated"]}
@@ -155,6 +181,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(record))
 
 
+def collect(arguments: argparse.Namespace) -> None:
+    rows = [collected(run_dir, arguments.calibration) for run_dir in arguments.runs]
+    record = {"kind": "memory grid", "made": datetime.now(UTC).isoformat(timespec="seconds")}
+    record |= {"commit": provenance.commit(), "calibrated_on": CALIBRATED_ON, "rows": rows}
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
@@ -164,6 +198,11 @@ def main() -> None:
     one.add_argument("--only", action="append", help=f"one of {', '.join([*GRID, *TINY])}; may be given several times")
     one.add_argument("--tiny", action="store_true")
     one.set_defaults(do=run)
+    made = verbs.add_parser("collect")
+    made.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--calibration", action="append", default=[], help="name of a run that does not count")
+    made.set_defaults(do=collect)
     shown = verbs.add_parser("table")
     shown.add_argument("record", type=Path)
     shown.set_defaults(do=lambda arguments: print(table(json.loads(arguments.record.read_text()))))

@@ -26,7 +26,10 @@ train:
 """
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A"
-TOP = "keys at the top: run_dir, method, precision, recompute, resume, init_adapter, allow_other_base, seed, max_hours"
+TOP = (
+    "keys at the top: run_dir, method, precision, recompute, kernels, resume, init_adapter, allow_other_base, seed, "
+    "max_hours"
+)
 ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, early_stop, save, parallel, memory, engine, track"
 SOURCES = "a path or a list of mappings of path, weight, max_rows, split, subset, fields"
 PATTERNS = "lora.rank_pattern must be a mapping from patterns to whole numbers of at least 1"

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from lora_scale.adapters import lean
+from lora_scale.adapters import lean, marks
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
 from lora_scale.adapters.lora import LoRALinear, adapt
@@ -29,7 +29,7 @@ def built(model_type: str, targets: str, dropout: float, *, is_lean: bool) -> tu
     freeze_linears(model)
     model.enable_input_require_grads()
     if is_lean:
-        lean.share_inputs(model)
+        marks.share_inputs(model)
     with torch.no_grad():
         for number, layer in enumerate(layers.values()):
             generator = torch.Generator().manual_seed(number)
@@ -71,7 +71,7 @@ def test_a_norm_and_a_product_train_too() -> None:
         model = tiny_model("llama").train()
         if is_lean:
             lean.make_lean(model)
-            lean.share_inputs(model)
+            marks.share_inputs(model)
         loss_of(model).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, reference in grads[0].items():
@@ -96,7 +96,7 @@ def test_readers_add_up_one_gradient() -> None:
 
     expected = [gradient(n) for n in (2, 3)]
     freeze_linears(block)
-    lean.share_inputs(block)
+    marks.share_inputs(block)
     for n, reference in zip((2, 3), expected, strict=True):
         torch.testing.assert_close(gradient(n), reference, rtol=1e-6, atol=1e-7)
 

@@ -50,7 +50,8 @@ def records() -> dict[str, dict[str, Any]]:
 def test_measured_peaks(name: str, shape: str, masked: bool) -> None:
     """The bounds asked for: peak within 3%, what is above the states within 10% or 0.5 GiB, reserved within 8%."""
     row = records()[name]
-    cfg = run_config(row["ranks"], recompute=row["recompute"], micro=row["blocks_a_pass"], seq_len=row["seq_len"])
+    changes = {"kernels": "none", "micro": row["blocks_a_pass"], "seq_len": row["seq_len"]}  # as they were run
+    cfg = run_config(row["ranks"], recompute=row["recompute"], **changes)
     model, grid = architecture(named.shape(shape)), Grid(row["ranks"])
     found, exact = (
         memory.memory(model, cfg, grid, Work(masked=masked)),
@@ -63,13 +64,13 @@ def test_measured_peaks(name: str, shape: str, masked: bool) -> None:
 
 def test_moments_by_hand() -> None:
     """llama-7.2b, 2 x 512 tokens in bf16, without a mask."""
-    tokens, one_layer = 1024, 8 * 4096 + 8 + (2 * 4096 + 32) + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 6 * 14336
+    tokens, one_layer = 1024, 4 * 4096 + 8 + 2 * 2 * 8 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 4 * 14336
     cfg = {"micro": 2, "seq_len": 512}
     nothing = memory.memory(LLAMA, run_config(recompute="none", **cfg), Grid(1), Work(masked=False)).moments
     assert list(nothing) == ["loss", "backward", "step"]
-    assert nothing["loss"].layers_kept == 32 * tokens * one_layer + 2 * 3_407_872
+    assert nothing["loss"].layers_kept == 32 * tokens * one_layer
     assert nothing["loss"].logits == tokens * 32000 * 12 and nothing["loss"].gathered == 0
-    assert nothing["loss"].outside == tokens * (2 * 4096 + 4 * 4096 + 4)
+    assert nothing["loss"].outside == tokens * (2 * 4096 + 4)  # the last norm; the embedding is the first one's input
     everything = memory.memory(LLAMA, run_config(2, recompute="all", **cfg), Grid(2), Work(masked=False)).moments
     assert list(everything) == ["loss", "recompute", "step"]
     assert everything["loss"].layer_inputs == 32 * tokens * 4096 * 2 and everything["loss"].layers_kept == 0
@@ -158,7 +159,7 @@ def job(shape: str, ranks: int, **changes: Any) -> planning.Job:
 @pytest.mark.parametrize(
     ("shape", "limit", "changes", "first"),
     [
-        ("llama-7.2b", 30, {"recompute": "none", "seq_len": 4096}, ("recompute=all",)),
+        ("llama-7.2b", 22, {"recompute": "none", "seq_len": 4096}, ("recompute=all",)),
         ("llama-7.2b", 25, {"micro": 8, "seq_len": 4096}, ("train.micro_batch_size=4",)),
         ("llama-100.7b", 139, {}, ("2 GPUs",)),
         ("llama-100.7b", 139, {"recompute": "none", "seq_len": 4096}, ("recompute=all", "2 GPUs")),

@@ -122,7 +122,7 @@ def test_config_json_alone_is_enough_before_a_download(capsys: pytest.CaptureFix
 
 def test_a_type_without_a_row_is_counted_from_headers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
-    run = config(tmp_path, folder, lora={"target_modules": ["q_proj"]})
+    run = config(tmp_path, folder, lora={"target_modules": ["q_proj"]}, kernels="none")
     whole = figures(capsys, run)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"model_type": "llama"', '"model_type": "llama9"'))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_scale.adapters import lean
+from lora_scale.adapters import marks
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -20,13 +20,19 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed  # the Parameter itself, not its gathered tensor
-        ctx.sum = lean.sum_of(x)
-        flat = x.reshape(-1, x.shape[-1])
-        if not transposed:
-            y = F.linear(flat, weight, bias)
-        else:
-            y = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to in place
+        ctx.sum = marks.sum_of(x)
+        flat, matrix = x.reshape(-1, x.shape[-1]), weight if transposed else weight.t()
+        y = flat.new_empty(len(flat), matrix.shape[1])
+        first = 0
+        for rows, wait in marks.arriving(x) or [(len(flat), lambda: None)]:
+            wait()
+            here = slice(first, first + rows)
+            if bias is None:
+                torch.mm(flat[here], matrix, out=y[here])
+            else:
+                torch.addmm(bias, flat[here], matrix, out=y[here])
+            first += rows
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:

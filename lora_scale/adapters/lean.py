@@ -2,13 +2,12 @@
 kernels; elsewhere they are the same arithmetic in torch, so that what is kept, and tested, is the same.
 
 A norm keeps its input and a number a row, SwiGLU its two factors, dropout nothing: what they gave is made again when
-backward wants it. A tensor that can be made again carries its `Origin`, and who would keep the tensor keeps that.
+backward wants it (`marks.Origin`).
 """
 
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,111 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_scale.adapters import marks
+
 SILU = ("SiLU", "SiLUActivation")
 OFFSETS = {  # what a family's norms add to their weight; families that are not named stay as transformers has them
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"), 0.0),
     **dict.fromkeys(("gemma2", "gemma3_text"), 1.0),
 }
 ROTATED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")  # Liger's rotation is theirs
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """How a tensor comes to be again: `make(*kept)`.
-
-    `share`: `make` gives this rank's tokens only; a gradient of all tokens, of which this rank has a part, must go
-    through it to be summed over the ranks and cut to them.
-    """
-
-    make: Callable[..., Tensor]
-    kept: tuple[Tensor, ...]
-    share: Callable[[Tensor], Tensor] | None = None
-
-
-def origin(x: Tensor) -> Origin:
-    """What to keep in place of `x`: `x` itself where nothing smaller is known."""
-    return getattr(x, "_origin", None) or Origin(_itself, (x.detach(),))
-
-
-def with_origin(y: Tensor, made: Origin) -> Tensor:
-    """`y`, marked; the mark goes with this Python object only, not with what is computed from it."""
-    y._origin = made  # type: ignore[attr-defined]
-    return y
-
-
-def same(y: Tensor, x: Tensor) -> Tensor:
-    """`y` holds what `x` does."""
-    return with_origin(y, x._origin) if hasattr(x, "_origin") else y
-
-
-def gathered(y: Tensor, x: Tensor, share: Callable[[Tensor], Tensor]) -> Tensor:
-    """`y` is all ranks' `x` side by side along the tokens."""
-    own = origin(x)
-    return with_origin(y, Origin(own.make, own.kept, share))
-
-
-class Sum:
-    """The gradient of a tensor that several linear layers read, added up by their products and not beside them."""
-
-    def __init__(self) -> None:
-        self._total: Tensor | None = None  # (tokens, features)
-
-    def add(self, dy: Tensor, weight: Tensor) -> None:
-        """`dy` (tokens, out) times `weight` (out, features)."""
-        if self._total is None:
-            self._total = dy @ weight
-        else:
-            self._total.addmm_(dy, weight)
-
-    def take(self) -> Tensor | None:
-        total, self._total = self._total, None
-        return total
-
-
-class _Read(torch.autograd.Function):
-    """Identity. Autograd runs its backward after that of all readers, those that gave their part to `Sum` too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Sum) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.total, ctx.shape = total, x.shape
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        dx, total = grads[0], ctx.total.take()
-        if total is None:
-            return dx, None
-        total = total.view(ctx.shape)
-        return total if dx is None else dx + total, None
-
-
-def share_inputs(model: nn.Module) -> None:
-    """Let the layers that read one input (q, k and v; gate and up) add up its gradient in place. To be called when all
-    other hooks are there: what a block reads is what the last of them gives."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return None
-        total = Sum()
-        y = same(_Read.apply(x, total), x)
-        y._sum = total  # type: ignore[attr-defined]
-        return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": y})
-
-    for module in model.modules():
-        children = dict(module.named_children())
-        if {"q_proj", "k_proj", "v_proj"} <= children.keys() or {"gate_proj", "up_proj"} <= children.keys():
-            module.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def sum_of(x: Tensor) -> Sum | None:
-    """Where the readers of `x` add up its gradient, if they do."""
-    return getattr(x, "_sum", None)
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
 
 
 @cache
@@ -151,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
         trains = ctx.needs_input_grad[1]
         if kernels := _kernels(dy):
             size, warps = _settings(x.shape[-1])
-            flat, mode = x.view(-1, x.shape[-1]), _mode(ctx.offset)
+            flat, mode = x.reshape(-1, x.shape[-1]), _mode(ctx.offset)
             more = (
                 ctx.offset,
                 mode,
@@ -204,7 +106,9 @@ class LeanRMSNorm(nn.Module):
         y = _RMSNorm.apply(hidden_states, self.weight, eps, offset)
         if not torch.is_grad_enabled():
             return y
-        return with_origin(y, Origin(lambda x: _normed(x, self.weight, eps, offset)[0], (hidden_states.detach(),)))
+        return marks.with_origin(
+            y, marks.Origin(lambda x: _normed(x, self.weight, eps, offset)[0], (hidden_states.detach(),))
+        )
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -240,7 +144,7 @@ class LeanMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         y = _SwiGLU.apply(gate, up)
-        return self.down_proj(with_origin(y, Origin(_product, (gate.detach(), up.detach()))))
+        return self.down_proj(marks.with_origin(y, marks.Origin(_product, (gate.detach(), up.detach()))))
 
 
 class _Dropped(torch.autograd.Function):
@@ -258,10 +162,10 @@ class _Dropped(torch.autograd.Function):
 
 def dropped(x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
     """`drop(x)`, where `drop` multiplies each element by what does not depend on it, the same at every call."""
-    y, before = _Dropped.apply(x, drop), origin(x)
+    y, before = _Dropped.apply(x, drop), marks.origin(x)
     if before.share is not None:  # made again are this rank's tokens only, and the mask is for all of them
-        before = Origin(_itself, (x.detach(),))
-    return with_origin(y, Origin(lambda *kept: drop(before.make(*kept)), before.kept))
+        before = marks.Origin(marks.itself, (x.detach(),))
+    return marks.with_origin(y, marks.Origin(lambda *kept: drop(before.make(*kept)), before.kept))
 
 
 def make_lean(model: nn.Module) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_scale.adapters import lean
+from lora_scale.adapters import marks
 
 
 class _Update(torch.autograd.Function):
@@ -13,14 +13,14 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, lora_a: nn.Parameter, lora_b: nn.Parameter, scaling: float, made: lean.Origin
+        ctx: Any, y: Tensor, x: Tensor, lora_a: nn.Parameter, lora_b: nn.Parameter, scaling: float, made: marks.Origin
     ) -> Tensor:
         narrow = _flat(x) @ lora_a.to(x.dtype).t()  # (tokens, r)
         _flat(y).addmm_(narrow, lora_b.to(x.dtype).t(), alpha=scaling)
         ctx.mark_dirty(y)
         ctx.save_for_backward(narrow, *made.kept)
         ctx.factors = lora_a, lora_b  # the Parameters themselves: ZeRO-3 gathers them anew for backward
-        ctx.scaling, ctx.make, ctx.share, ctx.sum = scaling, made.make, made.share, lean.sum_of(x)
+        ctx.scaling, ctx.make, ctx.share, ctx.sum = scaling, made.make, made.share, marks.sum_of(x)
         return y
 
     @staticmethod
@@ -53,4 +53,4 @@ def updated(y: Tensor, x: Tensor, lora_a: nn.Parameter, lora_b: nn.Parameter, sc
 
     The factors may be fp32 beside activations in bf16; products are in the activations' dtype.
     """
-    return _Update.apply(y.contiguous(), x, lora_a, lora_b, scaling, lean.origin(x))
+    return _Update.apply(y.contiguous(), x, lora_a, lora_b, scaling, marks.origin(x))

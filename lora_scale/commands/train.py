@@ -243,10 +243,11 @@ def _loop(
             log.write_row({"step": 0, "val_loss": val_loss})
             trackers.write(log.row)
     snapshot = memory.Snapshot(cfg.memory.snapshot_steps, runlog.log_path(cfg.run_dir, job.world.rank))
-    started = time.perf_counter()
+    started = before = time.perf_counter()
+    away = 0.0  # seconds since `before` that are no training: evaluation, saving
     stop.in_loop = True
     for number, step in enumerate(engine.clock.timed("data", data.plan.steps(first)), start=first):
-        begin, done = time.perf_counter(), number + 1
+        done = number + 1
         lr = learning_rate(number, total, cfg.train)
         begin_time = time.time()
         must_end = partial(_must_end, stop, end_of_job, step_seconds, save_seconds)
@@ -257,7 +258,8 @@ def _loop(
             guards.check_finite(done, result, step.names)
             learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens
-        seconds = time.perf_counter() - begin
+        now = time.perf_counter()
+        seconds, before, away = now - before - away, now, 0.0  # from step to step, data and our own books included
         held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())
         own.write({"step": done, **held})
         row = metrics.row(done, result, lr, step, seconds, job, held)
@@ -267,6 +269,7 @@ def _loop(
             screen.line(text)
         if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
             row["val_loss"] = val_loss = engine.evaluate(data.validation)
+            away += time.perf_counter() - now
             seen = seen.after(done, val_loss)
         ends = done == total or result.stop or _is_over(cfg, seen)
         best = cfg.save.best is not None and seen.is_best(done)
@@ -276,6 +279,7 @@ def _loop(
             log.write_row(row, sync=saves)  # before the save: a run that resumes from it finds all its rows
         if saves:
             path, save_seconds = _save(job, done, tokens_seen, best)
+            away += save_seconds
             print(f"saved {path} in {save_seconds:.2f} s", flush=True)  # into the log
             saving = engine.clock.memory.take()
             own.write({"step": done, "phase": "save", "phases": saving}, flush=True)

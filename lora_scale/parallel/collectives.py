@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_scale.adapters import lean
+from lora_scale.adapters import marks
 from lora_scale.parallel.clock import exposed
 
 
@@ -33,7 +33,7 @@ class _Operator(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: Any) -> Tensor:
-    return lean.same(_Operator.apply(x, group, _same, _sum), x)
+    return marks.same(_Operator.apply(x, group, _same, _sum), x)
 
 
 def sum_ranks(x: Tensor, group: Any) -> Tensor:
@@ -41,11 +41,16 @@ def sum_ranks(x: Tensor, group: Any) -> Tensor:
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:
-    return lean.gathered(_Operator.apply(x, group, _gather, _scatter), x, partial(_scatter, group=group))
+    return marks.gathered(_Operator.apply(x, group, _gather, _scatter), x, partial(scatter, group=group))
 
 
 def scatter_sequence(x: Tensor, group: Any) -> Tensor:
     return _Operator.apply(x, group, _scatter, _gather)
+
+
+def scatter(x: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks of (batch, tokens, features), of this rank's tokens; not for autograd."""
+    return _scatter(x, group)
 
 
 def take_sequence(x: Tensor, group: Any) -> Tensor:
@@ -63,22 +68,29 @@ def _sum(x: Tensor, group: Any) -> Tensor:
     return y
 
 
+def chunks(batch: int, own_tokens: int) -> int:
+    """How many runs the tokens are cut into, of each of which every rank has its part. Two hide a collective behind a
+    product (`parallel.overlap`), where a batch is one block."""
+    return 2 if batch == 1 and own_tokens % 2 == 0 else 1
+
+
 def _gather(x: Tensor, group: Any) -> Tensor:
-    """(batch, tokens, features) of each rank, side by side along the tokens."""
+    """(batch, tokens, features) of each rank, in the order of the tokens."""
     ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
+    count = chunks(batch, tokens)
     parts = x.new_empty(ranks * batch, tokens, features)
     x = x.contiguous()
     with exposed(x.device):
         dist.all_gather_into_tensor(parts, x, group=group)
-    return parts.view(ranks, batch, tokens, features).movedim(0, 1).reshape(batch, ranks * tokens, features)
+    parts = parts.view(ranks, batch, count, tokens // count, features).permute(1, 2, 0, 3, 4)
+    return parts.reshape(batch, ranks * tokens, features)
 
 
 def _scatter(x: Tensor, group: Any) -> Tensor:
     """The sum over the ranks, of this rank's share of the tokens."""
     ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
-    parts = x.reshape(batch, ranks, tokens // ranks, features).movedim(1, 0).reshape(-1, tokens // ranks, features)
     own = x.new_empty(batch, tokens // ranks, features)
-    parts = parts.contiguous()
+    parts = _by_rank(x, ranks).contiguous()
     with exposed(x.device):
         dist.reduce_scatter_tensor(own, parts, group=group)
     return own
@@ -86,4 +98,13 @@ def _scatter(x: Tensor, group: Any) -> Tensor:
 
 def _take(x: Tensor, group: Any) -> Tensor:
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    return x.chunk(ranks, 1)[rank].contiguous()
+    return _by_rank(x, ranks).view(ranks, x.shape[0], -1, x.shape[2])[rank].contiguous()
+
+
+def _by_rank(x: Tensor, ranks: int) -> Tensor:
+    """(batch, tokens, features) as (ranks x batch, tokens of one rank, features)."""
+    batch, tokens, features = x.shape
+    own = tokens // ranks
+    count = chunks(batch, own)
+    cut = x.reshape(batch, count, ranks, own // count, features).permute(2, 0, 1, 3, 4)
+    return cut.reshape(ranks * batch, own, features)

@@ -13,8 +13,9 @@ from torch import nn
 from lora_scale.adapters import baselines, initial, peft
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
-from lora_scale.adapters.lean import make_lean, share_inputs
+from lora_scale.adapters.lean import make_lean
 from lora_scale.adapters.lora import adapt, adapted_layers
+from lora_scale.adapters.marks import share_inputs
 from lora_scale.adapters.targets import fused_notes
 from lora_scale.parallel import load, recompute, source, tensor_parallel, zero3
 from lora_scale.parallel.checkpoint import State

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_scale.adapters.lora import adapted_layers, file_name
-from lora_scale.parallel import collectives, recompute
+from lora_scale.parallel import collectives, overlap, recompute
 from lora_scale.parallel.grid import Grid
 from lora_scale.spec.families import Family, has_suffix
 from lora_scale.spec.splits import Part, Split
@@ -81,9 +81,12 @@ def apply(
         elif has_suffix(module, row.colwise):
             blocks.add(module.rpartition(".")[0])
         elif has_suffix(module, row.rowwise):
-            _after(modules[module], leave, grid)
+            by_chunks = sequence_parallel and overlap.scatter_output(modules[module], grid.tp_group)
+            if not by_chunks:
+                _after(modules[module], leave, grid)
     for block in blocks:
-        _before(modules[block], enter, grid)
+        by_chunks = sequence_parallel and overlap.reads_by_chunks(modules[block])
+        _before(modules[block], overlap.gather_for_readers if by_chunks else enter, grid)
         _divide(modules[block], row.divided, grid.tp_size)
     _cut_vocabulary(model, grid)
     if sequence_parallel:

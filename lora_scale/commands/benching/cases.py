@@ -77,6 +77,7 @@ CASES: dict[str, Case] = {
     "7b-2gpu-full-best": _on_7b(2, "parallel.zero_stage=2", NONE, FULL, note="the best layout that fits: ZeRO-2"),
     # points 2 and 3: what sharding costs, and the roof
     "22b-1gpu": _on_slice("slice-22.9b", 1, *WHOLE, NONE),
+    "22b-1gpu-2": Case(model="slice-22.9b", gpus=1, micro=2, blocks=2, settings=(*WHOLE, NONE), note="2 blocks a pass"),
     "22b-1gpu-all": _on_slice("slice-22.9b", 1, *WHOLE, ALL),
     "22b-2gpu-zero3": _on_slice("slice-22.9b", 2, *ZERO3, NONE),
     "22b-2gpu-zero3-all": _on_slice("slice-22.9b", 2, *ZERO3, ALL),

@@ -1,0 +1,144 @@
+"""What a tensor on its way to frozen linear layers carries, beside its values: how it can be made again, where the
+gradients of its readers are added up, and what it still waits for. The marks are of the Python object: what is computed
+from the tensor has none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a tensor comes to be again: `make(*kept)`.
+
+    `share`: `make` gives this rank's tokens only; a gradient of all tokens, of which this rank has a part, must go
+    through it to be summed over the ranks and cut to them.
+    """
+
+    make: Callable[..., Tensor]
+    kept: tuple[Tensor, ...]
+    share: Callable[[Tensor], Tensor] | None = None
+
+
+def origin(x: Tensor) -> Origin:
+    """What to keep in place of `x`: `x` itself where nothing smaller is known."""
+    return getattr(x, "_origin", None) or Origin(itself, (x.detach(),))
+
+
+def with_origin(y: Tensor, made: Origin) -> Tensor:
+    """`y`, marked; the mark goes with this Python object only, not with what is computed from it."""
+    y._origin = made  # type: ignore[attr-defined]
+    return y
+
+
+def same(y: Tensor, x: Tensor) -> Tensor:
+    """`y` holds what `x` does."""
+    return with_origin(y, x._origin) if hasattr(x, "_origin") else y
+
+
+def gathered(y: Tensor, x: Tensor, share: Callable[[Tensor], Tensor]) -> Tensor:
+    """`y` is all ranks' `x` side by side along the tokens."""
+    own = origin(x)
+    return with_origin(y, Origin(own.make, own.kept, share))
+
+
+class Sum:
+    """The gradient of a tensor that several linear layers read, added up by their products and not beside them."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None  # (tokens, features)
+        self._readers = self._added = 0
+
+    def expect(self) -> None:
+        """One more reader will add its part."""
+        self._readers += 1
+
+    def is_last(self) -> bool:
+        """Whether the part that is added now is the last one."""
+        self._added += 1
+        return self._added == self._readers
+
+    def add(self, dy: Tensor, weight: Tensor) -> None:
+        """`dy` (tokens, out) times `weight` (out, features)."""
+        if self.total is None:
+            self.total = dy @ weight
+        else:
+            self.total.addmm_(dy, weight)
+
+    def take(self) -> Tensor | None:
+        total, self.total = self.total, None
+        return total
+
+
+Arrival = tuple[int, Callable[[], Any]]  # so many rows more, and what waits for them
+
+
+def let_readers_add(x: Tensor, total: Sum) -> None:
+    """From now on linear layers that read `x` give their part of its gradient to `total`."""
+    x._sum = total  # type: ignore[attr-defined]
+
+
+def let_arrive(x: Tensor, arrivals: list[Arrival]) -> None:
+    """`x` is on its way: its first reader waits for each run of rows before it uses them."""
+    x._arrivals = arrivals  # type: ignore[attr-defined]
+
+
+def arriving(x: Tensor) -> list[Arrival]:
+    """What `x` still waits for; whoever asks must wait."""
+    arrivals: list[Arrival] = getattr(x, "_arrivals", [])
+    if arrivals:
+        let_arrive(x, [])
+    return arrivals
+
+
+class _Read(torch.autograd.Function):
+    """Identity. Autograd runs its backward after that of all readers, those that gave their part to `Sum` too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Sum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.total, ctx.shape = total, x.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        dx, total = grads[0], ctx.total.take()
+        if total is None:
+            return dx, None
+        total = total.view(ctx.shape)
+        return total if dx is None else dx + total, None
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the layers that read one input (q, k and v; gate and up) add up its gradient in place. To be called when all
+    other hooks are there: what a block reads is what the last of them gives."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        if not (torch.is_grad_enabled() and x.requires_grad) or hasattr(x, "_sum"):
+            return None
+        total = Sum()
+        y = same(_Read.apply(x, total), x)
+        let_readers_add(y, total)
+        return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": y})
+
+    for module in model.modules():
+        children = dict(module.named_children())
+        if {"q_proj", "k_proj", "v_proj"} <= children.keys() or {"gate_proj", "up_proj"} <= children.keys():
+            module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def sum_of(x: Tensor) -> Sum | None:
+    """Where a reader of `x` must give its part of the gradient to, if it must."""
+    total: Sum | None = getattr(x, "_sum", None)
+    if total is not None:
+        total.expect()
+    return total
+
+
+def itself(x: Tensor) -> Tensor:
+    return x
