@@ -62,7 +62,7 @@ def test_ours_a_peer_and_a_failing_case_end_to_end(
     for step in read_metrics(place / "work/runs/tiny-zero3"):
         phases = step["phase_seconds"]
         assert list(phases) == ["data", "forward", "backward", "step", "collectives"] and min(phases.values()) > 0
-        assert 0.7 < (sum(phases.values()) - phases["data"]) / step["seconds"] <= 1.001, "phases are disjoint"
+        assert 0.5 < sum(phases.values()) / step["seconds"] <= 1.001, "phases are disjoint"
     assert ours["phase_seconds"]["collectives"] > 0
     shown = capsys.readouterr()
     assert "| broken | lora_scale | tiny | 1 | exit code 2 |" in shown.out and "3/3 broken: exit code 2" in shown.err

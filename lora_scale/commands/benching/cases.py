@@ -101,7 +101,7 @@ CASES: dict[str, Case] = {
 
 
 def _tiny(gpus: int, *settings: str, peer: str | None = None) -> Case:
-    return Case(model="tiny", gpus=gpus, blocks=2, micro=1, seq_len=64, peer=peer, settings=settings, limit=120.0)
+    return Case(model="tiny", gpus=gpus, blocks=2, micro=1, seq_len=64, peer=peer, settings=settings)
 
 
 TINY: dict[str, Case] = {
@@ -110,9 +110,7 @@ TINY: dict[str, Case] = {
     "tiny-full": _tiny(2, ALL, FULL),
     "tiny-peft-zero3": _tiny(2, DOCUMENTED, peer="peft_zero3"),
     "tiny-peft-fsdp2": _tiny(2, "--ckpt=1", peer="peft_fsdp2"),
-    "tiny-peft": Case(
-        model="tiny", gpus=1, blocks=2, micro=2, seq_len=64, peer="peft_single", settings=("--ckpt=0",), limit=120.0
-    ),
+    "tiny-peft": Case(model="tiny", gpus=1, blocks=2, micro=2, seq_len=64, peer="peft_single", settings=("--ckpt=0",)),
 }
 
 
