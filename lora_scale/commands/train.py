@@ -253,15 +253,16 @@ def _loop(
         must_end = partial(_must_end, stop, end_of_job, step_seconds, save_seconds)
         snapshot.before(done)
         with pulse.step(done):
-            result = engine.train_step(step, number, lr, must_end)
+            finish = engine.start_step(step, number, lr, must_end)
+            held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())  # while the device works
+            own.write({"step": done, **held})
+            result = finish()
             snapshot.after(done)
             guards.check_finite(done, result, step.names)
             learning.after_step(done, lr, step.target_tokens)
         tokens_seen += step.tokens
         now = time.perf_counter()
         seconds, before, away = now - before - away, now, 0.0  # from step to step, data and our own books included
-        held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())
-        own.write({"step": done, **held})
         row = metrics.row(done, result, lr, step, seconds, job, held)
         figures, slow = pace.measure(done)
         row |= figures

@@ -181,7 +181,14 @@ class Engine:
         return self.ds.module
 
     def train_step(self, step: Step, number: int, lr: float, stop: Callable[[], bool] = bool) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one optimizer step with learning rate `lr`.
+        """One whole step: `start_step`, and the wait for what it did."""
+        return self.start_step(step, number, lr, stop)()
+
+    def start_step(
+        self, step: Step, number: int, lr: float, stop: Callable[[], bool] = bool
+    ) -> Callable[[], StepResult]:
+        """Forward and backward over this rank's micro-batches, then one optimizer step with learning rate `lr`; what is
+        returned waits for the device, which is still at work.
 
         `stop()` says whether this rank was asked to stop; the answer, for all ranks, comes with the loss.
         """
@@ -207,7 +214,9 @@ class Engine:
         own = total[:1].clone()
         with self.clock.phase("step"), exposed(self.world.device):  # for the slowest rank
             dist.all_reduce(total)
-        found = torch.cat([total, own, norm.double().view(1)])
+        return partial(self._result, step, torch.cat([total, own, norm.double().view(1)]))
+
+    def _result(self, step: Step, found: Tensor) -> StepResult:
         summed, asked, own_loss, grad_norm = found.tolist()  # waits for the device: now the clock may be read
         mean = summed / self.grid.tp_size / max(1, step.target_tokens)  # a tensor-parallel group has one loss
         return StepResult(mean, grad_norm, self.clock.seconds(), asked > 0, own_loss)

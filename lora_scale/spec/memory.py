@@ -7,7 +7,7 @@ source, and three constants are calibrated: `LIBRARIES`, `GATHERED_LAYERS`, `WAS
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from math import ceil
+from math import ceil, prod
 
 from lora_scale.spec import activations
 from lora_scale.spec.activations import Layer
@@ -143,7 +143,7 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     if again:
         one = {"one_layer": each[again[-1]], "workspace": spaces[again[-1]] + weights}
         moments["recompute"] = _with(before, layers_kept=0, **one)
-    moments["step"] = _moment(states, workspace=step_workspace(states, cfg))
+    moments["step"] = _moment(states, workspace=step_workspace(states, made.trained, cfg))
     return Memory(
         moments=moments,
         waste=waste(gather),
@@ -228,12 +228,25 @@ def weight_gradients(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int
     return ITEMSIZE[cfg.precision] * max(layer.numel for layer in layers) // grid.tp
 
 
-def step_workspace(states: States, cfg: RunConfig) -> int:
+def step_workspace(states: States, trained: Sequence[Shape], cfg: RunConfig) -> int:
     """AdamW over many tensors at once makes one fp32 temporary; ZeRO-3 copies the gradients of a group first."""
     elements = states.adam // 8
     if cfg.parallel.zero_stage == 3:
-        return 2 * FP32 * min(elements, ADAM_GROUP)
+        share = elements / max(1, numel(trained))  # of each tensor, that this rank steps
+        return int(2 * FP32 * share * largest_group(trained, share))
     return FP32 * elements
+
+
+def largest_group(trained: Sequence[Shape], share: float) -> int:
+    """Elements of the tensors that DeepSpeed's ZeRO-3 steps at once: those of a decay, in order, until there are
+    `ADAM_GROUP` of this rank's parts or more."""
+    largest = here = 0
+    for shape in (shape for shape in trained if len(shape) > 1):
+        here += prod(shape)
+        largest = max(largest, here)
+        if here * share >= ADAM_GROUP:
+            here = 0
+    return largest
 
 
 def waste(gather: int) -> int:
