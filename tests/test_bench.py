@@ -62,7 +62,7 @@ def test_ours_a_peer_and_a_failing_case_end_to_end(
     for step in read_metrics(place / "work/runs/tiny-zero3"):
         phases = step["phase_seconds"]
         assert list(phases) == ["data", "forward", "backward", "step", "collectives"] and min(phases.values()) > 0
-        assert 0.7 < (sum(phases.values()) - phases["data"]) / step["seconds"] <= 1.001, "phases are disjoint"
+        assert 0.5 < sum(phases.values()) / step["seconds"] <= 1.001, "phases are disjoint"
     assert ours["phase_seconds"]["collectives"] > 0
     shown = capsys.readouterr()
     assert "| broken | lora_scale | tiny | 1 | exit code 2 |" in shown.out and "3/3 broken: exit code 2" in shown.err
@@ -228,7 +228,7 @@ def test_gates_say_goal_seen_and_met() -> None:
     lines = tables.gates(tables.merged([json.loads(RECORD.read_text())])).splitlines()
     said = {line.split(" | ")[1]: line.split(" | ")[2:] for line in lines[2:]}
     assert said["100b-tp2 over PEFT+ZeRO-3 as documented"] == [">= 1.80x", "2.00x", "yes |"]
-    assert said["100b-tp2 over the best listed peer"] == [">= 1.40x", "1.25x", "**no** |"]
+    assert said["100b-tp2 over the best listed peer"] == [">= 1.40x", "1.25x (2 of 5 peers run)", "**no** |"]
     assert said["100b-tp2: reserved over peak allocated"] == ["<= 1.05", "1.04", "yes |"]
     assert said["100b-zero3 over PEFT+ZeRO-3 as documented"] == [">= 1.80x", "-", "not measured |"]
     both = "the same over PEFT+Liger+torch.compile: speed at equal memory, or equal speed at less memory"

@@ -95,16 +95,17 @@ def waterfall(records: tuple[Path, ...], chart: str, out: Path) -> None:
 
 
 def _run(cases: dict[str, Case], bench: Bench, record: dict[str, Any], out: Path, keep: bool) -> None:
-    """Every case that the record has no figures of. The record is whole after each."""
-    done = {row["name"] for row in record["rows"] if "failed" not in row}
-    left = [name for name in cases if name not in done]
+    """Every case that the record has no figures of, as the case is now. The record is whole after each."""
+    done = [(row["name"], row["settings"]) for row in record["rows"] if "failed" not in row]
+    left = [name for name, case in cases.items() if (name, list(case.settings)) not in done]
     _forget_models(bench, [] if keep else [m for m in MODELS if m not in {cases[name].model for name in left}])
     for number, name in enumerate(left):
         click.echo(f"{number + 1}/{len(left)} {name}", err=True, nl=False)
         row = running.measure(name, cases[name], bench)
         row |= {"commit": provenance.commit(), "made": _now()}
         record["rows"] = [other for other in record["rows"] if other["name"] != name] + [row]
-        record["hardware"].setdefault("device", row.get("device"))
+        if device := row.get("device"):
+            record["hardware"]["device"] = device
         write_text_atomically(out, json.dumps(record, indent=1) + "\n")
         click.echo(f": {tables.in_short(row)}", err=True)
         model = cases[name].model
@@ -137,7 +138,7 @@ def _record(out: Path, resume: bool, tiny: bool) -> dict[str, Any]:
         "made": _now(),
         "commit": commit,
         "versions": provenance.versions(),
-        "hardware": {"device": rows[0].get("device")} if rows else {},
+        "hardware": {"device": next((row["device"] for row in rows if "device" in row), None)},
         "rows": rows,
     }
 

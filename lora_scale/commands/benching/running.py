@@ -79,7 +79,7 @@ def measure(name: str, case: Case, bench: Bench) -> Row:
         found = _peers_figures(bench.log(name)) if case.peer else _our_figures(bench.run_dir(name))
     except (LoraScaleError, KeyError, ValueError, IndexError) as error:
         return row | {"failed": f"no figures: {error}", "said": last_words(bench.log(name))}
-    return row | found | _speed(found.pop("seconds"), case, materials.parameters(folder), found)
+    return row | found | _speed(found["every_step_seconds"], case, materials.parameters(folder), found)
 
 
 def _ours(name: str, case: Case, folder: Path, bench: Bench) -> list[str]:
@@ -101,10 +101,6 @@ def _peer(name: str, case: Case, folder: Path, bench: Bench) -> list[str]:
     return [sys.executable, materials.script(f"peers/{case.peer}.py"), str(folder), *options, *case.settings]
 
 
-def _steps(case: Case, bench: Bench) -> int:
-    return bench.steps + SKIPPED
-
-
 def _our_figures(run_dir: Path) -> Row:
     """Of a run directory: seconds by step, memory of the first rank at its peak, losses."""
     manifest, config = read_manifest(run_dir), read_resolved_config(run_dir)
@@ -113,7 +109,7 @@ def _our_figures(run_dir: Path) -> Row:
         raise CheckpointError(f"{run_dir} has no step")
     phases = {phase for row in rows for phase in row["phase_seconds"]}
     return {
-        "seconds": [row["seconds"] for row in rows],
+        "every_step_seconds": [row["seconds"] for row in rows],
         "losses": [row["loss"] for row in rows],
         "method": config["method"],
         "recompute": config["recompute"],
@@ -146,7 +142,7 @@ def _peers_figures(log: Path) -> Row:
     found = json.loads(line.removeprefix("RESULT "))
     peak, reserved = (round(found[key] * 1e9 / GIB, 3) or None for key in ("peak_gb", "reserved_gb"))
     return {
-        "seconds": found["step_times"],
+        "every_step_seconds": found["step_times"],
         "losses": found["loss"],
         "method": found["method"],
         "peer": found["peer"],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_scale.commands.benching.cases import GATES, MODELS, WATERFALLS, Case, Condition, Gate
+from lora_scale.commands.benching.cases import CASES, GATES, MODELS, TINY, WATERFALLS, Case, Condition, Gate
 from lora_scale.commands.benching.running import Row, figure, is_ours
 from lora_scale.spec.errors import UsageError
 from lora_scale.storage import figures
@@ -61,8 +61,8 @@ def runs(rows: Rows) -> str:
         "| load s |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    order = list(MODELS)
-    for row in sorted(rows.values(), key=lambda row: order.index(row["model"])):
+    models, names = list(MODELS), [*CASES, *TINY, *rows]
+    for row in sorted(rows.values(), key=lambda row: (models.index(row["model"]), names.index(row["name"]))):
         start = f"| {row['name']} | {row.get('peer', row['who'])} | {row['model']} | {row['ranks']} "
         if "failed" in row:
             lines.append(f"{start}| {row['failed']} | | | | |")
@@ -86,7 +86,8 @@ def gates(rows: Rows) -> str:
             continue
         goal = " or ".join(_all(_goal(condition, len(way) > 1) for condition, _ in way) for way in ways)
         found = dict.fromkeys(_figure(condition, value, len(way) > 1) for way in ways for condition, value in way)
-        lines.append(f"| {gate.point} | {gate.says} | {goal} | {', '.join(found)} | {_verdict(ways)} |")
+        shown = f"{', '.join(found)}{_left_out(gate, rows)}"
+        lines.append(f"| {gate.point} | {gate.says} | {goal} | {shown} | {_verdict(ways)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -107,22 +108,34 @@ def _figure_of(rows: Rows, name: str, what: str) -> float | None:
     return figure(rows[name], what) if name in rows else None
 
 
+def _left_out(gate: Gate, rows: Rows) -> str:
+    """Says where a best peer is the best of some only; one that was run and failed is not left out."""
+    peers = gate.ways[0][0].peers
+    run = [name for name in peers if name in rows]
+    return f" ({len(run)} of {len(peers)} peers run)" if 0 < len(run) < len(peers) else ""
+
+
 def _cases(gate: Gate) -> set[str]:
     return {name for way in gate.ways for condition in way for name in (condition.ours, *condition.peers)}
 
 
 def _verdict(ways: list[list[tuple[Condition, float | None]]]) -> str:
+    if any(condition.goal is None for way in ways for condition, _ in way):
+        return "no goal"
     if any(all(value is not None and _holds(condition, value) for condition, value in way) for way in ways):
         return "yes"
     return "not measured" if any(value is None for way in ways for _, value in way) else "**no**"
 
 
 def _holds(condition: Condition, value: float) -> bool:
+    assert condition.goal is not None
     return value >= condition.goal if condition.at_least else value <= condition.goal
 
 
 def _goal(condition: Condition, named: bool) -> str:
     name = f"{WORDS[condition.figure]} " if named else ""
+    if condition.goal is None:
+        return "-"
     return f"{name}{'>=' if condition.at_least else '<='} {_number(condition, condition.goal)}"
 
 
