@@ -86,6 +86,8 @@ class FlatBase:
             unit.piece, unit.offset = flat_piece(unit.used, self.transport.size), total
             total += unit.piece
         self.memory = self.transport.allocate(total, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # values are copied in on other streams than that which zeroed it
 
     def parameter(self, name: str) -> nn.Parameter:
         return self._homes[name][1].parameter

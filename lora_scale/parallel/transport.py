@@ -55,8 +55,8 @@ class OneSided:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        own, handle = _symmetric(nbytes, device, self._group)
-        self._ranks = [handle.get_buffer(rank, (nbytes,), torch.uint8, 0) for rank in range(self.size)]
+        own, self._handle = _symmetric(nbytes, device, self._group)
+        self._ranks = [self._handle.get_buffer(rank, (nbytes,), torch.uint8, 0) for rank in range(self.size)]
         self._ranks[self.rank] = own
         return own.zero_()
 
@@ -82,8 +82,8 @@ def _problem(world: World, group: Any) -> str:
     dist.all_gather_object(places, (socket.gethostname(), world.local_rank), group=group)
     if len({host for host, _ in places}) > 1:
         return "its ranks are on several hosts"
-    others = [device for _, device in places if device != world.local_rank]
-    apart = not all(torch.cuda.can_device_access_peer(world.device, device) for device in others)
+    seen = [device for _, device in places if device != world.local_rank and device < torch.cuda.device_count()]
+    apart = not all(torch.cuda.can_device_access_peer(world.device, device) for device in seen)
     if problem := _first(group, "some GPUs have no access to each other" if apart else ""):
         return problem
     try:
@@ -91,8 +91,9 @@ def _problem(world: World, group: Any) -> str:
         own.fill_(dist.get_rank(group) + 1)
         torch.cuda.synchronize(world.device)
         dist.barrier(group)
-        seen = [int(handle.get_buffer(rank, (512,), torch.uint8, 0)[-1]) for rank in range(len(places))]
-        found = "" if seen == list(range(1, len(places) + 1)) else "a rank read wrong values of another's memory"
+        read = [int(handle.get_buffer(rank, (512,), torch.uint8, 0)[-1]) for rank in range(len(places))]
+        found = "" if read == list(range(1, len(places) + 1)) else "a rank read wrong values of another's memory"
+        dist.barrier(group)  # nobody gives its memory back while another reads it
     except Exception as error:  # drivers, containers and builds of torch refuse in many ways
         found = f"symmetric memory is not to be had here ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
     return _first(group, found)
