@@ -35,7 +35,7 @@ class _Buffer:
     def view(self, member: Member) -> Tensor:
         """A parameter's values here; made once, because a step points thousands of parameters at them."""
         if member not in self._views:
-            self._views[member] = member.of(self.bytes)
+            self._views[member] = member.of(self.bytes) if member.own is None else member.own
         return self._views[member]
 
 
@@ -174,7 +174,7 @@ class Gathering:
         with torch.cuda.stream(self._stream):  # nothing on a CPU
             if self._stream is not None and buffer.free is not None:
                 self._stream.wait_event(buffer.free)
-            self.base.transport.gather(out, unit.offset, unit.piece)
+            self.base.transport.gather(out, unit.offset, unit.piece, unit.shared)
             if buffer.gathered is not None:
                 buffer.gathered.record()
         self.gathers += 1

@@ -8,6 +8,7 @@ products (docs/log.md). Collective: an all-gather, everywhere else.
 import importlib
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +28,9 @@ class Transport(Protocol):
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
         """This rank's pieces, zeroed; equally many bytes on every rank of the group."""
 
-    def gather(self, out: Tensor, offset: int, piece: int) -> None:
-        """Into `out` (size x piece bytes) every rank's `piece` bytes from `offset` on, on the current stream."""
+    def gather(self, out: Tensor, offset: int, piece: int, own: Sequence[tuple[int, int]]) -> None:
+        """Into `out` (size x piece bytes) every rank's `piece` bytes from `offset` on, on the current stream; of this
+        rank's own piece at least the runs `own`."""
 
 
 class Collective:
@@ -43,7 +45,7 @@ class Collective:
         self._own = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         return self._own
 
-    def gather(self, out: Tensor, offset: int, piece: int) -> None:
+    def gather(self, out: Tensor, offset: int, piece: int, own: Sequence[tuple[int, int]]) -> None:
         getattr(dist, ALL_GATHER)(out, self._own.narrow(0, offset, piece), group=self._group)
 
 
@@ -60,11 +62,16 @@ class OneSided:
         self._ranks[self.rank] = own
         return own.zero_()
 
-    def gather(self, out: Tensor, offset: int, piece: int) -> None:
-        for step in range(self.size):  # each rank begins with another one, so that they do not queue at one
+    def gather(self, out: Tensor, offset: int, piece: int, own: Sequence[tuple[int, int]]) -> None:
+        for step in range(1, self.size):  # each rank begins with another one, so that they do not queue at one
             rank = (self.rank + step) % self.size
-            source = self._ranks[rank].narrow(0, offset, piece)
-            out.narrow(0, rank * piece, piece).copy_(source, non_blocking=True)
+            self._copy(out, rank, offset, piece, 0, piece)
+        for start, stop in own:  # a copy on one GPU is done by its processors, which have better things to do
+            self._copy(out, self.rank, offset, piece, start, stop)
+
+    def _copy(self, out: Tensor, rank: int, offset: int, piece: int, start: int, stop: int) -> None:
+        source = self._ranks[rank].narrow(0, offset + start, stop - start)
+        out.narrow(0, rank * piece + start, stop - start).copy_(source, non_blocking=True)
 
 
 def choose(world: World, group: Any, wanted: str) -> tuple[Transport, str]:
