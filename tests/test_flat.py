@@ -109,7 +109,7 @@ def test_units_are_what_the_files_say_and_are_gathered_once_a_pass(rows: Path, t
 
 @pytest.mark.timeout(300)
 def test_saved_views_of_weights_are_found_again(rows: Path, tmp_path: Path) -> None:
-    """Without recompute the buffers have held other units by the time of backward."""
+    """Without recompute the buffers have held other units between forward and backward."""
     trees = {}
     for model_type in PINNING:
         folder = tiny_folder(tmp_path / model_type, model_type, dtype=torch.float32, num_hidden_layers=4)
