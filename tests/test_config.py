@@ -398,9 +398,12 @@ def test_other_keys_of_deepspeed_pass_through(config: Path, tmp_path: Path) -> N
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(more))
     for value in (json.dumps(more), str(file)):
-        made = engine.ds_config(load(config, [f"engine.deepspeed={value}"]), 1, 10, 10, ["Layer"])
+        changes = [f"engine.deepspeed={value}", "parallel.base_engine=deepspeed"]
+        made = engine.ds_config(load(config, changes), 1, 10, 10, ["Layer"])
         assert made["comms_logger"] == {"enabled": True} and made["zero_optimization"]["reduce_bucket_size"] == 7
         assert made["zero_optimization"]["stage"] == 3 and made["communication_data_type"] == "fp32"
+    beside = engine.ds_config(load(config, []), 1, 10, 10, ["Layer"])  # a flat base, a small adapter
+    assert beside["zero_optimization"]["stage"] == 0
     file.write_text('{"train_batch_size": 8}')
     with pytest.raises(ConfigError, match=r"ds.json: engine.deepspeed.train_batch_size is for train.global_batch_size"):
         engine.passed_through(load(config, [f"engine.deepspeed={file}"]))

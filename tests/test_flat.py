@@ -2,16 +2,19 @@
 between steps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from tiny import tiny_folder
-from training import assert_equal, config, reference, start, train, write_rows
+from training import assert_equal, config, reference, run_cases, start, train, write_rows
 from transformers import AutoModelForCausalLM
 
-from lora_scale.parallel import load
+from lora_scale.parallel import load, transport
 from lora_scale.parallel.world import World
 
 pytestmark = pytest.mark.ranks
@@ -63,6 +66,25 @@ def _gathers(here: World, tree: dict[str, Any]) -> dict[str, Any]:
     return {"wrong": sorted(wrong), "missed": sorted(matrices - seen), "counts": counts[1:], "whole": whole}
 
 
+def one_sided(here: World, trees: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Runs whose pieces lie in files that every rank has mapped, in the place of GPUs' memory."""
+    count = iter(range(1000))
+
+    def symmetric(nbytes: int, device: torch.device, group: Any) -> tuple[torch.Tensor, Any]:
+        paths = [str(folder / f"{number}-{rank}") for number in [next(count)] for rank in range(here.size)]
+        mine = torch.from_file(paths[here.rank], shared=True, size=nbytes, dtype=torch.uint8)
+        dist.barrier(group)
+        peers = [torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8) for path in paths]
+        return mine, SimpleNamespace(get_buffer=lambda rank, *_: peers[rank])
+
+    with (
+        mock.patch.object(transport, "_symmetric", symmetric),
+        mock.patch.object(transport, "choose", lambda world, group, wanted: (transport.OneSided(group), "")),
+        mock.patch.object(transport.Collective, "gather", side_effect=AssertionError("nothing is to be gathered")),
+    ):
+        return {"gathers": gathers(here, trees), "traces": run_cases(here, trees)}
+
+
 def _batches(job: Any) -> Any:
     return job.data.plan.step(0).micro_batches[:1]
 
@@ -87,7 +109,7 @@ def test_units_are_what_the_files_say_and_are_gathered_once_a_pass(rows: Path, t
 
 @pytest.mark.timeout(300)
 def test_saved_views_of_weights_are_found_again(rows: Path, tmp_path: Path) -> None:
-    """Without recompute the buffers have held other units by the time of backward."""
+    """Without recompute the buffers have held other units between forward and backward."""
     trees = {}
     for model_type in PINNING:
         folder = tiny_folder(tmp_path / model_type, model_type, dtype=torch.float32, num_hidden_layers=4)
@@ -96,3 +118,15 @@ def test_saved_views_of_weights_are_found_again(rows: Path, tmp_path: Path) -> N
         )
     for name, trace in run_ranks(2, "training:run_cases", trees, folder=tmp_path / "ranks")[0].items():
         assert_equal(trace, reference(trees[name], steps=4))
+
+
+@pytest.mark.timeout(300)
+def test_one_sided_reads_give_the_same(rows: Path, tmp_path: Path) -> None:
+    """Three ranks, so that a weight can lie in one piece, in two or in all."""
+    folder = tiny_folder(tmp_path / "model", dtype=torch.float32, num_hidden_layers=4)
+    tree = config(folder, rows, tmp_path / "run", train__max_steps=4, train__micro_batch_size=2)
+    (tmp_path / "shared").mkdir()
+    everyone = run_ranks(3, "test_flat:one_sided", {"run": tree}, tmp_path / "shared", folder=tmp_path / "ranks")
+    for found in everyone:
+        assert found["gathers"]["run"] == {"wrong": [], "missed": [], "counts": [5 + 3, 5], "whole": 0}
+    assert_equal(everyone[0]["traces"]["run"], reference(tree, steps=4))

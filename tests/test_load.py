@@ -88,7 +88,7 @@ def _different(base: flat.FlatBase, expected: dict[str, nn.Parameter]) -> list[s
     wrong = []
     for unit in base.units:
         whole = torch.empty(unit.piece * base.transport.size, dtype=torch.uint8)
-        base.transport.gather(whole, unit.offset, unit.piece)
+        base.transport.gather(whole, unit.offset, unit.piece, unit.shared)
         wrong += [m.name for m in unit.members if not torch.equal(m.of(whole), expected[m.name])]
     return wrong
 

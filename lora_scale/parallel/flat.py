@@ -27,6 +27,7 @@ class Member:
     parameter: nn.Parameter
     offset: int  # bytes from the start of the unit
     nothing: Tensor
+    own: Tensor | None = None  # where all of it lies in this rank's piece: there, for good
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +50,7 @@ class Unit:
     used: int = 0  # bytes of its members, aligned
     piece: int = 0  # bytes of each rank's piece
     offset: int = 0  # of the piece in the rank's memory, bytes
+    shared: list[tuple[int, int]] = field(default_factory=list)  # bytes of the piece that other ranks' complete
 
 
 class FlatBase:
@@ -86,6 +88,16 @@ class FlatBase:
             unit.piece, unit.offset = flat_piece(unit.used, self.transport.size), total
             total += unit.piece
         self.memory = self.transport.allocate(total, self.device)
+        for unit in self.units:
+            for member in unit.members:
+                part = self.part(member.name)
+                if part.numel() == prod(member.shape):
+                    member.own = part.view(member.shape)
+                elif part.numel():
+                    start = max(0, member.offset - self.transport.rank * unit.piece)
+                    unit.shared.append((start, start + part.nbytes))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # values are copied in on other streams than that which zeroed it
 
     def parameter(self, name: str) -> nn.Parameter:
         return self._homes[name][1].parameter

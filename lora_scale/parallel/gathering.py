@@ -4,6 +4,9 @@ beside it on a stream of its own.
 Two buffers, each as large as the largest unit. A unit that was used last stays in its buffer until another needs that:
 the last layer and the output layer are there still when backward begins, the first layer when the next pass does. But a
 parameter points into a buffer only while its module computes; at any other time it is empty, and using it an error.
+Units take turns in the buffers, forth and back alike, so each is in backward where it was in forward: a view of a
+weight that autograd has saved finds the same values again.
+
 The order of the modules is that of the first pass. It is the same on all ranks, and so is that of their gathers.
 """
 
@@ -11,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from lora_scale.adapters import marks
-from lora_scale.adapters.frozen import FrozenConv1D, FrozenLinear
 from lora_scale.parallel.clock import exposed
 from lora_scale.parallel.flat import FlatBase, Member, Unit
 from lora_scale.spec.layout import FLAT_BUFFERS
@@ -36,32 +37,18 @@ class _Buffer:
     def view(self, member: Member) -> Tensor:
         """A parameter's values here; made once, because a step points thousands of parameters at them."""
         if member not in self._views:
-            self._views[member] = member.of(self.bytes)
+            self._views[member] = member.of(self.bytes) if member.own is None else member.own
         return self._views[member]
 
 
 class _Stop:
     """A module that computes with a unit."""
 
-    def __init__(self, module: nn.Module, unit: Unit):
-        self.module, self.unit = module, unit
+    def __init__(self, unit: Unit):
+        self.unit = unit
         self.has_backward = False  # in the pass at hand: its input had a gradient
         self.in_backward = False
-        self.tracked: saved_tensors_hooks | None = None
-        self.pins = _pins(module)
-
-    @property
-    def recomputes(self) -> bool:
-        return self.module.training and bool(getattr(self.module, "gradient_checkpointing", False))
-
-
-def _pins(module: nn.Module) -> bool:
-    """Whether autograd may save views of weights: of matrices in modules that are not our frozen forms."""
-    for part in module.modules():
-        ours = isinstance(part, FrozenLinear | FrozenConv1D)
-        if not ours and any(p.dim() >= 2 and not p.requires_grad for p in part.parameters(recurse=False)):
-            return True
-    return False
+        self.buffer: _Buffer | None = None  # of the last forward pass
 
 
 class Gathering:
@@ -77,7 +64,7 @@ class Gathering:
         self.gathers = 0  # so far
         for unit in base.units:
             for module in unit.modules:
-                stop = _Stop(module, unit)
+                stop = _Stop(unit)
                 module.register_forward_pre_hook(self._before(stop), with_kwargs=True)
                 module.register_forward_hook(self._after(stop))
 
@@ -93,16 +80,13 @@ class Gathering:
                 return None
             if stop not in self._order:
                 self._order.append(stop)
-            self._use(stop.unit)
+            stop.buffer = self._use(stop.unit)
             self._ahead(self._order[self._order.index(stop) + 1 :][:1])
             x = args[0] if args else kwargs.get("hidden_states")
             stop.has_backward = False
             if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
                 return None
             stop.has_backward = True
-            if stop.pins and not stop.recomputes:
-                stop.tracked = saved_tensors_hooks(self._pack, self._unpack)
-                stop.tracked.__enter__()
             y = marks.same(_Entry.apply(x, self, stop), x)
             return ((y, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": y})
 
@@ -112,9 +96,6 @@ class Gathering:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if stop.in_backward:
                 return None
-            if stop.tracked is not None:
-                stop.tracked.__exit__()
-                stop.tracked = None
             self._give_back(stop.unit)
             if not stop.has_backward:
                 return None
@@ -126,7 +107,8 @@ class Gathering:
 
     def begin_backward(self, stop: _Stop) -> None:
         stop.in_backward = True
-        self._use(stop.unit)
+        buffer = self._use(stop.unit)
+        assert buffer is stop.buffer, "what autograd saved of a weight is a view of the other buffer"
         before = self._order[: self._order.index(stop)]
         self._ahead([other for other in before if other.has_backward][-1:])
 
@@ -136,7 +118,7 @@ class Gathering:
 
     # --- buffers ---------------------------------------------------------------------------------------------------
 
-    def _use(self, unit: Unit) -> None:
+    def _use(self, unit: Unit) -> _Buffer:
         """Point the unit's parameters at its values."""
         buffer = self._holding(unit) or self._gather(unit)
         assert buffer is not None, "more units are in use than there are buffers"
@@ -146,6 +128,7 @@ class Gathering:
         buffer.busy = True
         for member in unit.members:
             member.parameter.data = buffer.view(member)
+        return buffer
 
     def _give_back(self, unit: Unit) -> None:
         buffer = self._holding(unit)
@@ -176,7 +159,7 @@ class Gathering:
         with torch.cuda.stream(self._stream):  # nothing on a CPU
             if self._stream is not None and buffer.free is not None:
                 self._stream.wait_event(buffer.free)
-            self.base.transport.gather(out, unit.offset, unit.piece)
+            self.base.transport.gather(out, unit.offset, unit.piece, unit.shared)
             if buffer.gathered is not None:
                 buffer.gathered.record()
         self.gathers += 1
@@ -185,28 +168,6 @@ class Gathering:
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
-
-    # --- saved views of weights ------------------------------------------------------------------------------------
-
-    def _pack(self, saved: Tensor) -> Any:
-        """A view of a buffer, which will hold another unit by the time of backward, is kept as its place there."""
-        where = saved.untyped_storage().data_ptr()
-        for buffer in self._buffers:
-            if buffer.bytes.untyped_storage().data_ptr() == where:
-                return buffer.unit, saved.dtype, saved.shape, saved.stride(), saved.storage_offset()
-        return saved.detach()
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        unit, dtype, shape, stride, offset = packed
-        buffer = self._holding(unit)
-        assert buffer is not None and buffer.busy
-        return (
-            buffer.bytes[: buffer.bytes.numel() // dtype.itemsize * dtype.itemsize]
-            .view(dtype)
-            .as_strided(shape, stride, offset)
-        )
 
 
 class _Entry(torch.autograd.Function):

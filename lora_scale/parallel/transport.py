@@ -8,6 +8,7 @@ products (docs/log.md). Collective: an all-gather, everywhere else.
 import importlib
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +28,9 @@ class Transport(Protocol):
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
         """This rank's pieces, zeroed; equally many bytes on every rank of the group."""
 
-    def gather(self, out: Tensor, offset: int, piece: int) -> None:
-        """Into `out` (size x piece bytes) every rank's `piece` bytes from `offset` on, on the current stream."""
+    def gather(self, out: Tensor, offset: int, piece: int, own: Sequence[tuple[int, int]]) -> None:
+        """Into `out` (size x piece bytes) every rank's `piece` bytes from `offset` on, on the current stream; of this
+        rank's own piece at least the runs `own`."""
 
 
 class Collective:
@@ -43,7 +45,7 @@ class Collective:
         self._own = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         return self._own
 
-    def gather(self, out: Tensor, offset: int, piece: int) -> None:
+    def gather(self, out: Tensor, offset: int, piece: int, own: Sequence[tuple[int, int]]) -> None:
         getattr(dist, ALL_GATHER)(out, self._own.narrow(0, offset, piece), group=self._group)
 
 
@@ -55,16 +57,21 @@ class OneSided:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        own, handle = _symmetric(nbytes, device, self._group)
-        self._ranks = [handle.get_buffer(rank, (nbytes,), torch.uint8, 0) for rank in range(self.size)]
+        own, self._handle = _symmetric(nbytes, device, self._group)
+        self._ranks = [self._handle.get_buffer(rank, (nbytes,), torch.uint8, 0) for rank in range(self.size)]
         self._ranks[self.rank] = own
         return own.zero_()
 
-    def gather(self, out: Tensor, offset: int, piece: int) -> None:
-        for step in range(self.size):  # each rank begins with another one, so that they do not queue at one
+    def gather(self, out: Tensor, offset: int, piece: int, own: Sequence[tuple[int, int]]) -> None:
+        for step in range(1, self.size):  # each rank begins with another one, so that they do not queue at one
             rank = (self.rank + step) % self.size
-            source = self._ranks[rank].narrow(0, offset, piece)
-            out.narrow(0, rank * piece, piece).copy_(source, non_blocking=True)
+            self._copy(out, rank, offset, piece, 0, piece)
+        for start, stop in own:  # a copy on one GPU is done by its processors, which have better things to do
+            self._copy(out, self.rank, offset, piece, start, stop)
+
+    def _copy(self, out: Tensor, rank: int, offset: int, piece: int, start: int, stop: int) -> None:
+        source = self._ranks[rank].narrow(0, offset + start, stop - start)
+        out.narrow(0, rank * piece + start, stop - start).copy_(source, non_blocking=True)
 
 
 def choose(world: World, group: Any, wanted: str) -> tuple[Transport, str]:
@@ -82,8 +89,8 @@ def _problem(world: World, group: Any) -> str:
     dist.all_gather_object(places, (socket.gethostname(), world.local_rank), group=group)
     if len({host for host, _ in places}) > 1:
         return "its ranks are on several hosts"
-    others = [device for _, device in places if device != world.local_rank]
-    apart = not all(torch.cuda.can_device_access_peer(world.device, device) for device in others)
+    seen = [device for _, device in places if device != world.local_rank and device < torch.cuda.device_count()]
+    apart = not all(torch.cuda.can_device_access_peer(world.device, device) for device in seen)
     if problem := _first(group, "some GPUs have no access to each other" if apart else ""):
         return problem
     try:
@@ -91,8 +98,9 @@ def _problem(world: World, group: Any) -> str:
         own.fill_(dist.get_rank(group) + 1)
         torch.cuda.synchronize(world.device)
         dist.barrier(group)
-        seen = [int(handle.get_buffer(rank, (512,), torch.uint8, 0)[-1]) for rank in range(len(places))]
-        found = "" if seen == list(range(1, len(places) + 1)) else "a rank read wrong values of another's memory"
+        read = [int(handle.get_buffer(rank, (512,), torch.uint8, 0)[-1]) for rank in range(len(places))]
+        found = "" if read == list(range(1, len(places) + 1)) else "a rank read wrong values of another's memory"
+        dist.barrier(group)  # nobody gives its memory back while another reads it
     except Exception as error:  # drivers, containers and builds of torch refuse in many ways
         found = f"symmetric memory is not to be had here ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
     return _first(group, found)

@@ -144,7 +144,8 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     if again:
         one = {"one_layer": each[again[-1]], "workspace": spaces[again[-1]] + weights}
         moments["recompute"] = _with(before, layers_kept=0, **one)
-    moments["step"] = _moment(states, workspace=step_workspace(states, made.trained, cfg))
+    standing = gather if keeps_base_flat(cfg) else 0  # the buffers of a flat base are never given back
+    moments["step"] = _moment(states, gathered=standing, workspace=step_workspace(states, made.trained, cfg))
     return Memory(
         moments=moments,
         waste=waste(0 if keeps_base_flat(cfg) else gather),
