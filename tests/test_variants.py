@@ -1,4 +1,4 @@
-"""LoRA+ under ZeRO-3 on two ranks is PEFT's in one process."""
+"""Variants of LoRA on two ranks are PEFT's in one process: losses, gradients, what a checkpoint of them holds."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from ranks import run_ranks
 from tiny import tiny_folder
-from torch import Tensor
-from training import _our_name, config, random_factors, write_rows
+from torch import Tensor, nn
+from training import Trace, _our_name, _reference_steps, assert_equal, config, random_factors, write_rows
 from transformers import AutoModelForCausalLM
 
 from lora_scale.spec.config import RunConfig
@@ -71,3 +71,81 @@ def test_lora_plus(tmp_path: Path) -> None:
             assert error <= 1e-5, f"{name}: {factor} is off by {error:.1e}"  # fp32 sums in another order
     moved = max((theirs[f] - plain[f]).norm() / plain[f].norm() for f in theirs if f.endswith("lora_B"))
     assert moved > 1e-2, "the ratio changes nothing: the comparison would be empty"
+
+
+IDS = torch.arange(2 * 9).view(2, 9) * 7 % 61
+SAVED = 2  # steps before the checkpoint
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ZeRO-3": {},
+    "ZeRO-1, adapters": {"parallel__zero_stage": 1},
+    "tensor parallel": {"parallel__tensor_parallel_size": 2},
+}
+
+
+def tree_of(model: Path, rows: Path, run: Path, **changes: Any) -> dict[str, Any]:
+    return config(
+        model, rows, run, train__max_steps=STEPS, train__warmup_steps=0, data__packing=False, lora__r=4, **changes
+    )
+
+
+def with_peft(cfg: RunConfig, values: dict[str, Tensor], **more: Any) -> tuple[nn.Module, Trace]:
+    """The run by PEFT with a LoraConfig of `more`, begun at `values`; the trained model, and the trace."""
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
+    targets = [f"{role}_proj" for role in cfg.lora.target_modules]
+    lora = LoraConfig(r=cfg.lora.r, lora_alpha=cfg.lora.lora_alpha, target_modules=targets, **more)
+    model = get_peft_model(model, lora)
+    named = {_our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    assert named.keys() == values.keys()
+    with torch.no_grad():
+        for name, p in named.items():
+            if name.endswith("lora_A"):  # a pair of vectors may have either sign
+                rows = zip(p, values[name], strict=True)
+                assert all(min((a - b).norm(), (a + b).norm()) <= 1e-4 * a.norm() for a, b in rows), name
+            p.copy_(values[name])
+    return model, _reference_steps(model.train(), cfg, named, STEPS, None)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.ranks
+def test_pissa(tmp_path: Path) -> None:
+    """The start is PEFT's whatever the layout; so are steps from it; the checkpoint goes on to the same bits, and PEFT
+    loads it on the untouched base."""
+    model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), write_rows(tmp_path / "rows.jsonl")
+    trees = {
+        name: tree_of(model, rows, tmp_path / name, lora__pissa="full", **LAYOUTS[name])
+        for name in ("ZeRO-3", "tensor parallel")
+    }
+    check_pissa(2, trees, "pissa", tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_pissa_by_iterations_and_in_one_process(tmp_path: Path) -> None:
+    model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), write_rows(tmp_path / "rows.jsonl")
+    way: dict[str, Any] = {"lora__pissa": 40}
+    trees = {name: tree_of(model, rows, tmp_path / name, **way, **changes) for name, changes in LAYOUTS.items()}
+    check_pissa(
+        2, trees, "pissa", tmp_path / "many"
+    )  # so many iterations find the exact components of so small weights
+    check_pissa(1, {"one process": tree_of(model, rows, tmp_path / "one", lora__pissa="full")}, "pissa", tmp_path / "1")
+
+
+def check_pissa(ranks: int, trees: dict[str, dict[str, Any]], init: str, place: Path) -> None:
+    found = run_ranks(ranks, "variant_cases:begin_save_go_on", trees, SAVED, folder=place / "ranks", timeout=280)[0]
+    first = next(iter(found.values()))
+    cfg = RunConfig.model_validate(next(iter(trees.values())))
+    theirs, trace = with_peft(cfg, first.begun, init_lora_weights=init)
+    plain = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
+    wanted, untrained = logits(theirs), logits(plain)
+    assert (wanted - untrained).abs().max() > 1e-2 * untrained.abs().max(), "training changes nothing"
+    for name, run in found.items():
+        assert all(torch.equal(run.begun[key], value) for key, value in first.begun.items()), f"{name} begins elsewhere"
+        assert_equal(run.trace, trace)
+        assert all(torch.equal(run.resumed[key], value) for key, value in run.trace.values.items()), name
+        base = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
+        loaded = logits(PeftModel.from_pretrained(base, str(run.final)))
+        assert (loaded - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name

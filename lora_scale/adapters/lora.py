@@ -54,17 +54,40 @@ class LoRALinear(nn.Module):
         # fp32: bf16 loses small updates. CPU: the base may be on meta, the factors are real from the start.
         self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, dtype=torch.float32, device="cpu"))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device="cpu"))  # (out, r)
+        # Where training began, if not at zero (`adapters.principal`): the update is B A - start_B start_A. Buffers:
+        # ZeRO-3 leaves them whole on every rank.
+        self.start_A: Tensor | None
+        self.start_B: Tensor | None
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+        self.whole_start: tuple[Tensor, Tensor] | None = None  # on the rank that writes checkpoints, on the CPU
+
+    def begin_at(self, a: Tensor, b: Tensor, *, keep_whole: bool) -> None:
+        """Begin at these whole factors, with an update of exactly zero."""
+        with torch.no_grad():
+            self.lora_A.copy_(a)
+            self.lora_B.copy_(b)
+        self.start_A, self.start_B = a.clone(), b.clone()
+        self.whole_start = (a, b) if keep_whole else None
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        if self.start_A is None or self.start_B is None:
+            return a, b
+        # one product of twice the rank: the large terms cancel in its accumulator, not between two rounded results
+        return torch.cat([a, self.start_A.to(dtype)]), torch.cat([b, -self.start_B.to(dtype)], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         if self.context is not None and self.dropout > 0.0 and self.training:
             x = self.context.drop(x, self.name, self.dropout, self.first_feature)
-        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return y + update * self.scaling
+        a, b = self._factors(x.dtype)
+        return y + F.linear(F.linear(x, a), b) * self.scaling
 
     def delta_weight(self) -> Tensor:
         """What merging adds to the base's weight, in the weight's own layout (Conv1D: (in, out)), fp32."""
-        delta = (self.lora_B @ self.lora_A) * self.scaling
+        a, b = self._factors(torch.float32)
+        delta = (b @ a) * self.scaling
         return delta if isinstance(self.base_layer, nn.Linear) else delta.T
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_scale.adapters import principal
 from lora_scale.adapters.lora import LoRALinear, scaling
 from lora_scale.adapters.targets import by_pattern, exact_suffixes, pattern_matches
 from lora_scale.spec.config import LoraConfig
@@ -106,6 +107,7 @@ def adapter_config(
 ) -> dict[str, Any]:
     """The content of adapter_config.json for a model after `adapt`; PEFT adapts exactly the same modules by it."""
     modules = [name for name, _ in model.named_modules() if not name.endswith(".base_layer")]
+    cfg = principal.widened_config(cfg)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

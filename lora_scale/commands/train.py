@@ -201,7 +201,7 @@ def _run(
     if _is_over(cfg, seen):
         screen.line(f"finished already, at step {step}: {_no_better(seen)}; a larger early_stop.patience goes on")
         return
-    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start))
+    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start, resume))
     on_rank_zero(lambda: _check_space(cfg, setup.count(model)))
     limit = fits.device_gib(here.device)
     cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, asked.ignore_plan))

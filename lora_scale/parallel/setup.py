@@ -15,7 +15,7 @@ from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
 from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.targets import fused_notes
-from lora_scale.parallel import load, recompute, source, tensor_parallel, zero3
+from lora_scale.parallel import load, principal, recompute, source, tensor_parallel, zero3
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import Engine, ds_config
@@ -123,11 +123,12 @@ def find_init_adapter(cfg: RunConfig, folder: ModelFolder, identity: str) -> Pat
 
 
 def build_model(
-    cfg: RunConfig, folder: ModelFolder, start: Path | None = None
+    cfg: RunConfig, folder: ModelFolder, start: Path | None = None, resume: Path | None = None
 ) -> tuple[nn.Module, DropoutContext | None, list[str]]:
     """The model on meta with its trainable parts marked: adapters put in, or the whole base; and notes for the user.
 
-    `start` is an adapter folder whose factors are taken in place of drawn ones.
+    `start` is an adapter folder whose factors are taken in place of drawn ones, `resume` the checkpoint that the run
+    goes on from. Collective over all ranks.
     """
     model = load.empty(folder, cfg)
     if cfg.method == "full":
@@ -143,6 +144,11 @@ def build_model(
     if start is not None:
         initial.start_from(start, layers)
         notes.append(f"starts from the factors of {start}")
+    if cfg.lora.pissa is not None:
+        began = time.perf_counter()
+        principal.start(cfg, model, layers, folder, resume)
+        what = "taken from the checkpoint" if resume else f"found in {time.perf_counter() - began:.1f} s"
+        notes.append(f"starts at the principal components of {len(layers)} weights, {what}")
     freeze_linears(model)
     return model, dropout, notes
 

@@ -63,6 +63,10 @@ class LoraConfig(Section):
     init_A: Literal["kaiming", "gaussian"] = "kaiming"
     """Distribution of A at the start: PEFT's default, or the paper's Gaussian (standard deviation 1/r, as PEFT's). B
     starts at zero."""
+    pissa: Literal["full"] | Positive | None = None
+    """Start both factors at the principal components of each weight (PiSSA, https://arxiv.org/abs/2404.02948): by a
+    `full` decomposition, or by so many subspace iterations, 4 to 16 as a rule (PEFT: init_lora_weights pissa and
+    pissa_niter_N)."""
 
 
 class BaselineConfig(Section):

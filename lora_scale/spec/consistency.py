@@ -20,6 +20,7 @@ def _check_run(cfg: "RunConfig") -> None:
         raise ValueError("train.epochs or train.max_steps must be given; for example train.epochs=1")
     if cfg.init_adapter is not None and cfg.method != "lora":
         raise ValueError(f"init_adapter is {cfg.init_adapter}, but method is {cfg.method}; leave one out")
+    _check_lora(cfg)
     if cfg.train.loraplus_lr_ratio != 1.0 and cfg.method != "lora":
         raise ValueError(f"train.loraplus_lr_ratio is {cfg.train.loraplus_lr_ratio}, but method is {cfg.method}")
     if isinstance(cfg.data.validation, float) and not 0.0 < cfg.data.validation < 1.0:
@@ -39,6 +40,19 @@ def _check_run(cfg: "RunConfig") -> None:
     if cfg.data.validation is None and (cfg.save.best or cfg.early_stop.patience):
         key = "save.best" if cfg.save.best else "early_stop.patience"
         raise ValueError(f"{key} needs a validation loss; set data.validation, for example to 0.02")
+
+
+def _check_lora(cfg: "RunConfig") -> None:
+    lora = cfg.lora
+    if lora.pissa is not None and cfg.init_adapter is not None:
+        raise ValueError(
+            f"lora.pissa is {lora.pissa} and init_adapter is {cfg.init_adapter}: both say where to start; leave one out"
+        )
+    if lora.pissa is not None and lora.dropout:
+        raise ValueError(
+            f"lora.pissa is {lora.pissa} and lora.dropout is {lora.dropout}, which would drop principal components of "
+            "the base; set lora.dropout=0"
+        )
 
 
 def _check_parallel(cfg: "RunConfig") -> None:

@@ -53,6 +53,7 @@ TABLE = (
         axolotl="lora_target_modules lora_target_linear", factory="lora_target", hf="lora_target_modules"),
     row("lora.use_rslora", peft="use_rslora", axolotl="peft_use_rslora", factory="use_rslora", hf="use_rslora"),
     row("lora.init_A", peft="init_lora_weights", axolotl="peft_init_lora_weights"),
+    row("lora.pissa", "full, or a number of iterations", factory="pissa_init pissa_iter pissa_convert"),
     row("", "there is nothing else: causal language models only", peft="task_type peft_type inference_mode",
         hf="lora_task_type"),
     row("", "biases do not train", peft="bias", hf="lora_bias"),

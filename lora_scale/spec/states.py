@@ -123,6 +123,8 @@ def states(frozen: Iterable[Shape], trained: Sequence[Shape], cfg: RunConfig, gr
     stage, width = cfg.parallel.zero_stage, ITEMSIZE[cfg.precision]
     trained_width = width if cfg.method == "full" else FP32
     base = width * sum(ceil(prod(shape) / ((grid.base_over or ranks) if stage == 3 else 1)) for shape in frozen)
+    if cfg.method == "lora" and cfg.lora.pissa is not None:
+        base += FP32 * numel(trained)  # where each factor began, whole on every rank
     groups = [[prod(s) for s in trained if (len(s) >= 2) is decays] for decays in (True, False)]
     if stage == 0:
         whole = numel(trained)
