@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training import start, train
 
 from lora_scale.adapters import peft
-from lora_scale.parallel import generation, serving
+from lora_scale.parallel import checkpoint, generation, serving
 from lora_scale.parallel import grid as grids
 from lora_scale.parallel.generation import Sampling
 from lora_scale.parallel.world import World
@@ -52,4 +53,22 @@ def reference(model: str, adapters: dict[str, str], rows: str, new_tokens: int) 
             mask = torch.ones_like(ids)
             out = theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
             found[name].append(tuple(out[0, ids.shape[1] :].tolist()))
+    return found
+
+
+def while_training(here: World, trees: dict[str, dict[str, Any]], step: int) -> dict[str, tuple[list[float], Any, str]]:
+    """Losses of every run, and, where rows are continued after `step` steps, the row and a checkpoint of then."""
+    found = {}
+    for name, tree in trees.items():
+        print(name, flush=True)
+        job = start(here, tree)
+        first = train(job, 0, step)
+        row, path = None, ""
+        if job.samples:
+            row, folder = job.evaluate(step), Path(tree["run_dir"])
+            saved = checkpoint.save(job.engine, job.state(step, 0), folder, job.write_adapter_config, job.key)
+            path = str(saved)
+        rest = train(job, step, job.data.plan.total_steps - step)
+        found[name] = first.losses + rest.losses, row, path
+        job.engine.ds.destroy()
     return found

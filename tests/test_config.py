@@ -25,7 +25,10 @@ train:
   epochs: 1
 """
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A, pissa"
+LORA_KEYS = (
+    "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A, bias, modules_to_save, "
+    "pissa"
+)
 TOP = "keys at the top: run_dir, method, precision, recompute, resume, init_adapter, allow_other_base, seed, max_hours"
 ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, early_stop, save, parallel, memory, engine, track"
 SOURCES = "a path or a list of mappings of path, weight, max_rows, split, subset, fields"

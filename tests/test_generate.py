@@ -17,6 +17,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_merge import write_adapter
 from tiny import tiny_folder
+from training import config, write_rows
 
 from lora_scale import cli
 from lora_scale.storage import encoder, prompts, scores
@@ -229,6 +230,44 @@ def test_the_command_from_rows_to_rows(place: Path, tmp_path: Path) -> None:
     again = Command(command, tmp_path, TMPDIR=str(tmp_path)).end()
     assert again.code == 0 and "a        was there" in again.screen and "base     was there" in again.screen
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.ranks
+def test_rows_are_continued_while_training(place: Path, tmp_path: Path) -> None:
+    """As by PEFT from a checkpoint of that step; and training goes on to the same bits as without."""
+    rows = write_rows(tmp_path / "tokens.jsonl")
+    more: dict[str, Any] = {
+        "train__max_steps": 4,
+        "data__packing": False,
+        "data__validation": 0.2,
+        "lora__dropout": 0.1,
+        "lora__target_modules": ["q", "v"],
+    }
+    asked = {"eval__generate": str(place / "rows.jsonl"), "eval__generate_rows": 5, "eval__max_new_tokens": 6}
+    layouts: dict[str, dict[str, Any]] = {"ZeRO-3": {}, "tp": {"parallel__tensor_parallel_size": 2}}
+    trees = {
+        (name, generates): config(
+            place / "llama",
+            rows,
+            tmp_path / f"{name}-{generates}",
+            **more,
+            **layouts[name],
+            **(asked if generates else {}),
+        )
+        for name, generates in itertools.product(layouts, (True, False))
+    }
+    found = run_ranks(2, "generating:while_training", trees, 2, folder=tmp_path / "ranks")[0]
+    tokenizer = encoder.tokenizer(place / "llama")
+    for name in layouts:
+        losses, row, saved = found[name, True]
+        assert losses == found[name, False][0], f"{name}: generating changes training"
+        written = tmp_path / f"{name}-True" / "generated" / "step-000002.jsonl"
+        completions = [json.loads(line)["completion"] for line in written.read_text().splitlines()]
+        theirs = reference(str(place / "llama"), {"a": saved}, str(place / "rows.jsonl"), 6)
+        ends = prompts.end_tokens(place / "llama", tokenizer)
+        wanted = [tokenizer.decode(until(ids, ends), skip_special_tokens=True) for ids in theirs["a"][:5]]
+        assert completions == wanted and theirs["a"] != theirs["base"], name
+        assert row["val_loss"] > 0 and set(row["generated"]) == {"rouge1", "rouge2", "rougeL", "exact_match", "bleu"}
 
 
 def test_scores_are_the_libraries() -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from training import Trace, _our_name, _reference_steps, assert_equal, config, random_factors, write_rows
 from transformers import AutoModelForCausalLM
 
+from lora_scale import cli
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.families import roles
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage import prepared
 from lora_scale.storage.folder import open_folder
@@ -91,18 +93,27 @@ def tree_of(model: Path, rows: Path, run: Path, **changes: Any) -> dict[str, Any
 def with_peft(cfg: RunConfig, values: dict[str, Tensor], **more: Any) -> tuple[nn.Module, Trace]:
     """The run by PEFT with a LoraConfig of `more`, begun at `values`; the trained model, and the trace."""
     model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
-    targets = [f"{role}_proj" for role in cfg.lora.target_modules]
-    lora = LoraConfig(r=cfg.lora.r, lora_alpha=cfg.lora.lora_alpha, target_modules=targets, **more)
+    suffixes = roles(model.config.model_type)
+    targets = sorted({end for role in cfg.lora.target_modules for end in suffixes[role]})
+    conv = model.config.model_type == "gpt2"
+    lora = LoraConfig(r=cfg.lora.r, lora_alpha=cfg.lora.lora_alpha, target_modules=targets, fan_in_fan_out=conv, **more)
     model = get_peft_model(model, lora)
-    named = {_our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    named = {our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     assert named.keys() == values.keys()
     with torch.no_grad():
         for name, p in named.items():
-            if name.endswith("lora_A"):  # a pair of vectors may have either sign
+            if cfg.lora.pissa is not None and name.endswith("lora_A"):  # a pair of vectors may have either sign
                 rows = zip(p, values[name], strict=True)
                 assert all(min((a - b).norm(), (a + b).norm()) <= 1e-4 * a.norm() for a, b in rows), name
             p.copy_(values[name])
     return model, _reference_steps(model.train(), cfg, named, STEPS, None)
+
+
+def our_name(peft_name: str) -> str:
+    return _our_name(peft_name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
 
 
 @torch.no_grad()
@@ -110,35 +121,14 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
-@pytest.mark.ranks
-def test_pissa(tmp_path: Path) -> None:
-    """The start is PEFT's whatever the layout; so are steps from it; the checkpoint goes on to the same bits, and PEFT
-    loads it on the untouched base."""
-    model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), write_rows(tmp_path / "rows.jsonl")
-    trees = {
-        name: tree_of(model, rows, tmp_path / name, lora__pissa="full", **LAYOUTS[name])
-        for name in ("ZeRO-3", "tensor parallel")
-    }
-    check_pissa(2, trees, "pissa", tmp_path)
-
-
-@pytest.mark.long
-@pytest.mark.ranks
-def test_pissa_by_iterations_and_in_one_process(tmp_path: Path) -> None:
-    model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), write_rows(tmp_path / "rows.jsonl")
-    way: dict[str, Any] = {"lora__pissa": 40}
-    trees = {name: tree_of(model, rows, tmp_path / name, **way, **changes) for name, changes in LAYOUTS.items()}
-    check_pissa(
-        2, trees, "pissa", tmp_path / "many"
-    )  # so many iterations find the exact components of so small weights
-    check_pissa(1, {"one process": tree_of(model, rows, tmp_path / "one", lora__pissa="full")}, "pissa", tmp_path / "1")
-
-
-def check_pissa(ranks: int, trees: dict[str, dict[str, Any]], init: str, place: Path) -> None:
-    found = run_ranks(ranks, "variant_cases:begin_save_go_on", trees, SAVED, folder=place / "ranks", timeout=280)[0]
+def check(ranks: int, trees: dict[str, dict[str, Any]], place: Path, randomise: bool, **more: Any) -> None:
+    """Each tree as the others and as PEFT with a LoraConfig of `more`; gone on with from its checkpoint to the same
+    bits; and its last checkpoint, loaded by PEFT on the untouched base, gives the logits of PEFT's trained model."""
+    cases = "variant_cases:begin_save_go_on"
+    found = run_ranks(ranks, cases, trees, SAVED, randomise, folder=place / "ranks", timeout=280)[0]
     first = next(iter(found.values()))
     cfg = RunConfig.model_validate(next(iter(trees.values())))
-    theirs, trace = with_peft(cfg, first.begun, init_lora_weights=init)
+    theirs, trace = with_peft(cfg, first.begun, **more)
     plain = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
     wanted, untrained = logits(theirs), logits(plain)
     assert (wanted - untrained).abs().max() > 1e-2 * untrained.abs().max(), "training changes nothing"
@@ -149,3 +139,66 @@ def check_pissa(ranks: int, trees: dict[str, dict[str, Any]], init: str, place: 
         base = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
         loaded = logits(PeftModel.from_pretrained(base, str(run.final)))
         assert (loaded - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+    words = ["export", str(first.final), "--out", str(place / "exported"), "--base", cfg.model.path, "--verify"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert not end.value.code
+    base = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
+    exported = logits(PeftModel.from_pretrained(base, str(place / "exported")))
+    assert (exported - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.ranks
+def test_pissa(tmp_path: Path) -> None:
+    model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), write_rows(tmp_path / "rows.jsonl")
+    trees = {
+        name: tree_of(model, rows, tmp_path / name, lora__pissa="full", **LAYOUTS[name])
+        for name in ("ZeRO-3", "tensor parallel")
+    }
+    check(2, trees, tmp_path, False, init_lora_weights="pissa")
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_pissa_by_iterations_and_in_one_process(tmp_path: Path) -> None:
+    model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), write_rows(tmp_path / "rows.jsonl")
+    way = {"lora__pissa": 1000}  # so many find the exact components of so small weights
+    trees = {name: tree_of(model, rows, tmp_path / name, **way, **changes) for name, changes in LAYOUTS.items()}
+    check(2, trees, tmp_path / "many", False, init_lora_weights="pissa")
+    one = {"one process": tree_of(model, rows, tmp_path / "one", lora__pissa="full")}
+    check(1, one, tmp_path / "1", False, init_lora_weights="pissa")
+
+
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all biases and the head": ("gpt2, untied", {"bias": "all", "modules_to_save": ["lm_head"]}),
+    "biases of adapted layers": ("qwen2", {"bias": "lora_only"}),
+    "head and embeddings": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+}
+
+
+def check_parts(case: str, ranks: int, stages: tuple[int, ...], place: Path) -> None:
+    family, changes = PARTS[case]
+    kind, _, untied = family.partition(", ")
+    sizes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    model = tiny_folder(place / "model", kind, dtype=torch.float32, **sizes)
+    rows, ours = write_rows(place / "rows.jsonl"), {f"lora__{key}": value for key, value in changes.items()}
+    trees = {
+        f"stage {stage}": tree_of(model, rows, place / f"run-{stage}", parallel__zero_stage=stage, **ours)
+        for stage in stages
+    }
+    check(ranks, trees, place, True, **changes)
+
+
+@pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_parts_of_the_base(tmp_path: Path) -> None:
+    check_parts("all biases and the head", 2, (3,), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_of_the_base_at_every_stage(case: str, ranks: int, tmp_path: Path) -> None:
+    check_parts(case, ranks, (3, 2, 1, 0), tmp_path)

@@ -21,12 +21,13 @@ class Run:
     final: Path  # the last checkpoint
 
 
-def begin_save_go_on(here: World, trees: dict[str, dict[str, Any]], step: int) -> dict[str, Run]:
-    """Every run from the start that it makes for itself; saved after `step` steps and at the end."""
+def begin_save_go_on(here: World, trees: dict[str, dict[str, Any]], step: int, randomise: bool) -> dict[str, Run]:
+    """Every run from the start that it makes for itself, or from random values; saved after `step` steps and at the
+    end."""
     found = {}
     for name, tree in trees.items():
         print(name, flush=True)
-        job = start(here, tree, randomise=False)
+        job = start(here, tree, randomise=randomise)
         begun = everything(job, masters.VALUE)
         total, place = job.data.plan.total_steps, Path(tree["run_dir"])
         first = train(job, 0, step)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_scale.adapters.peft import Adapter
+from lora_scale.adapters.peft import OTHERS, Adapter
 from lora_scale.adapters.targets import features, is_linear, refuse_tied_output
 from lora_scale.spec.errors import CheckpointError, ConfigError
 from lora_scale.spec.layout import ByteRange, TensorEntry
@@ -100,6 +100,8 @@ def plan(folder: ModelFolder, model: nn.Module, adapters: Sequence[tuple[Path, A
 def check_fits(path: Path, adapter: Adapter, model: nn.Module, folder: ModelFolder) -> None:
     """CheckpointError when an adapter is for a module that the model does not have, or for no linear layer of that
     shape, or for an output layer that shares its weight with the input embedding. The model may be on meta."""
+    if adapter.others:
+        raise CheckpointError(f"{path} {OTHERS}; only plain LoRA is taken here: PEFT loads it")
     modules = dict(model.named_modules())
     lost = [name for name in adapter.modules if name not in modules]
     if lost:

@@ -266,8 +266,8 @@ def _loop(
         for text in slow:
             screen.line(text)
         if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
-            row["val_loss"] = val_loss = engine.evaluate(data.validation)
-            seen = seen.after(done, val_loss)
+            row |= job.evaluate(done)
+            seen = seen.after(done, val_loss := row["val_loss"])
         ends = done == total or result.stop or _is_over(cfg, seen)
         best = cfg.save.best is not None and seen.is_best(done)
         saves = ends or best or bool(cfg.save.every and done % cfg.save.every == 0)

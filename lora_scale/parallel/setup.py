@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_scale.adapters import baselines, initial, peft
+from lora_scale.adapters import baselines, initial, peft, trained
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
 from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.targets import fused_notes
-from lora_scale.parallel import load, principal, recompute, source, tensor_parallel, zero3
+from lora_scale.parallel import load, principal, recompute, samples, source, tensor_parallel, zero3
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import Engine, ds_config
 from lora_scale.parallel.grid import Grid
+from lora_scale.parallel.samples import Samples
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, cost, shapes, splits
 from lora_scale.spec import hardware as gpus
@@ -63,6 +64,14 @@ class Job:
     loaded: load.Loaded
     parameters: Parameters
     work: Work
+    samples: Samples | None = None
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """The columns of a step's row that an evaluation gives: the validation loss, and scores of what is written."""
+        row: dict[str, Any] = {"val_loss": self.engine.evaluate(self.data.validation)}
+        if self.samples:
+            row["generated"] = samples.write(self.samples, self.engine.module, self.engine.grid, self.cfg.run_dir, step)
+        return row
 
     def state(self, step: int, tokens_seen: int) -> State:
         """What a checkpoint after `step` steps says of this run."""
@@ -141,6 +150,7 @@ def build_model(
     dropout = DropoutContext(cfg.seed) if cfg.lora.dropout else None
     notes = fused_notes(model, cfg.lora)
     layers = adapt(model, cfg.lora, cfg.seed, dropout)
+    trained.mark(model, cfg.lora, layers)
     if start is not None:
         initial.start_from(start, layers)
         notes.append(f"starts from the factors of {start}")
@@ -165,6 +175,7 @@ def start_engine(
 ) -> Job:
     """Fill the model, every rank its own bytes, and hand it to DeepSpeed."""
     world = grid.world
+    found = samples.read(cfg, folder, grid)
     parameters = count(model)
     cuts = on_every_rank(lambda: cut(cfg, model, folder, grid))
     recompute.apply(model, cfg.recompute)
@@ -185,7 +196,7 @@ def start_engine(
     loaded = on_every_rank(lambda: load.fill(model, folder, world.device, partitioner, cuts, grid, show))
     if partitioner and cfg.method == "lora":
         group = grid.own_group if keeps_adapters_whole(cfg, parameters.trainable) else grid.dp_group
-        for p in filter(lambda p: p.requires_grad, model.parameters()):
+        for p in filter(lambda p: p.requires_grad and not zero3.is_partitioned(p), model.parameters()):
             zero3.partition_over(p, group)
     model.to(world.device)  # the adapters; what was filled is there already
     screen.line(
@@ -199,7 +210,7 @@ def start_engine(
         )
     engine = Engine(model, cfg, grid, config, dropout, cuts)
     work = work_of(cfg, folder, parameters, data, world)
-    return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work)
+    return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work, found)
 
 
 def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> dict[str, Split]:

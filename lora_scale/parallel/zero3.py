@@ -60,6 +60,11 @@ def partition_over(parameter: nn.Parameter, group: Any) -> None:
     parameter.ds_zero_partition_process_group = group  # type: ignore[attr-defined]
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether it is a ZeRO-3 parameter already."""
+    return hasattr(parameter, "ds_id")
+
+
 def group_size(parameter: nn.Parameter) -> int:
     """How many ranks share the partitions of a ZeRO-3 parameter."""
     return parameter.ds_zero_partition_world_size  # type: ignore[attr-defined]

@@ -63,6 +63,11 @@ class LoraConfig(Section):
     init_A: Literal["kaiming", "gaussian"] = "kaiming"
     """Distribution of A at the start: PEFT's default, or the paper's Gaussian (standard deviation 1/r, as PEFT's). B
     starts at zero."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases that train beside the factors: of the adapted layers, or all that the base has (PEFT: bias)."""
+    modules_to_save: Names = ()
+    """Linear layers and embeddings of the base that train whole, as `[lm_head, embed_tokens]` (PEFT: modules_to_save).
+    Each is in every checkpoint and export."""
     pissa: Literal["full"] | Positive | None = None
     """Start both factors at the principal components of each weight (PiSSA, https://arxiv.org/abs/2404.02948): by a
     `full` decomposition, or by so many subspace iterations, 4 to 16 as a rule (PEFT: init_lora_weights pissa and
@@ -163,6 +168,13 @@ class EvalConfig(Section):
     """Steps between evaluations; 0: before the first step and after the last only."""
     max_blocks: Positive | None = None
     """Evaluate on at most so many validation blocks."""
+    generate: PathValue | None = None
+    """Rows to be continued, greedily, at each evaluation after the first step: a file in any form of `data.train`. What
+    is written goes to `generated/` in the run directory, its scores to metrics.jsonl."""
+    generate_rows: Positive = 8
+    """Use the first so many of them."""
+    max_new_tokens: Positive = 64
+    """Tokens of a completion at most."""
 
 
 class SaveConfig(Section):

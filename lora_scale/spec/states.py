@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from lora_scale.spec import baselines
-from lora_scale.spec.architecture import Architecture
+from lora_scale.spec.architecture import Architecture, Parameter
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.cost import ADAM, FP32, ITEMSIZE, Shape, numel, reduce_bucket
 from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.families import has_suffix
 from lora_scale.spec.splits import Split, factor_splits, splits
 from lora_scale.spec.targets import ranks as adapter_ranks
 
@@ -72,8 +73,8 @@ def grid_of(model: Architecture, cfg: RunConfig, ranks: int, gpus_per_node: int 
 def keeps_adapters_whole(cfg: RunConfig, trainable: int) -> bool:
     """Whether ZeRO-3 leaves the adapter whole on every rank. Its values, gradient, second fp32 copy and two moments
     cost 20 bytes a parameter there."""
-    if cfg.method != "lora" or cfg.parallel.zero_stage != 3:
-        return False
+    if cfg.method != "lora" or cfg.parallel.zero_stage != 3 or cfg.lora.bias != "none" or cfg.lora.modules_to_save:
+        return False  # what trains of the base is partitioned, and everything with it
     if cfg.parallel.adapter_sharding == "auto":
         return 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
     return cfg.parallel.adapter_sharding == "replicate"
@@ -83,8 +84,24 @@ def frozen_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Shap
     """Shapes of one rank's shards of everything that is frozen."""
     if cfg.method == "full":
         return []
-    cuts = splits(model, tp)
-    return [_largest(p.shape, cuts.get(p.name), tp) for p in model.parameters]
+    cuts, trained = splits(model, tp), {p.name for p in trained_base(model, cfg)}
+    return [_largest(p.shape, cuts.get(p.name), tp) for p in model.parameters if p.name not in trained]
+
+
+def trained_base(model: Architecture, cfg: RunConfig) -> list[Parameter]:
+    """What of the base trains beside the factors (`lora.bias`, `lora.modules_to_save`)."""
+    if cfg.method != "lora" or (cfg.lora.bias == "none" and not cfg.lora.modules_to_save):
+        return []
+    biased = {
+        "none": (),
+        "lora_only": adapter_ranks(model, cfg.lora).keys(),
+        "all": {p.module for p in model.parameters},
+    }[cfg.lora.bias]
+    return [
+        p
+        for p in model.parameters
+        if has_suffix(p.module, cfg.lora.modules_to_save) or (p.name.endswith(".bias") and p.module in biased)
+    ]
 
 
 def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Shape]:
@@ -100,7 +117,7 @@ def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Sha
         d_in, d_out = linear.features
         of_a, of_b = factor_splits(cuts.get(linear.name), linear.kind == "conv1d")
         shapes += [_largest((r, d_in), of_a, tp), _largest((d_out, r), of_b, tp)]
-    return shapes
+    return [*shapes, *(p.shape for p in trained_base(model, cfg))]
 
 
 def _largest(shape: Shape, split: Split | None, tp: int) -> Shape:
