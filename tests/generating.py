@@ -15,6 +15,8 @@ from lora_scale.spec import configfile
 from lora_scale.storage import encoder, prompts
 from lora_scale.storage.folder import open_folder
 
+GENERATED = 2  # steps before rows are continued
+
 
 def on_ranks(here: World, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, ...]]]]:
     """Token ids of every prompt, by case and adapter; "base" is none, and comes first, last and between."""
@@ -56,9 +58,13 @@ def reference(model: str, adapters: dict[str, str], rows: str, new_tokens: int) 
     return found
 
 
-def while_training(here: World, trees: dict[str, dict[str, Any]], step: int) -> dict[str, tuple[list[float], Any, str]]:
-    """Losses of every run, and, where rows are continued after `step` steps, the row and a checkpoint of then."""
-    found = {}
+def both(here: World, cases: dict[Any, Any], trees: dict[Any, Any]) -> tuple[Any, Any]:
+    return on_ranks(here, cases), while_training(here, trees)
+
+
+def while_training(here: World, trees: dict[Any, dict[str, Any]]) -> dict[Any, tuple[list[float], Any, str]]:
+    """Losses of every run, and, where rows are continued after GENERATED steps, the row and a checkpoint of then."""
+    found, step = {}, GENERATED
     for name, tree in trees.items():
         print(name, flush=True)
         job = start(here, tree)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from generating import reference
+from generating import GENERATED, reference
 from outside import Command
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -79,10 +79,13 @@ def variety(rows: list[tuple[int, ...]], end: int) -> int:
     return len(lengths) if NEW_TOKENS in lengths else 0
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {"ZeRO-3": {}, "tp": {"parallel__tensor_parallel_size": 2}}
+
+
 @pytest.mark.ranks
 def test_tokens_are_those_of_one_process_on_any_layout(place: Path, tmp_path: Path) -> None:
-    """Greedy: of transformers + PEFT, one prompt at a time. Sampled: of another layout, with other batches."""
-    layouts: dict[str, dict[str, Any]] = {"ZeRO-3": {}, "tp": {"parallel__tensor_parallel_size": 2}}
+    """Greedy: of transformers + PEFT, one prompt at a time. Sampled: of another layout, with other batches. While
+    training: of PEFT with a checkpoint of that step, and training goes on to the same bits as without."""
     cases, wanted = {}, {}
     for model in ("llama", "gpt2"):
         one = case(place, model, GREEDY, [])
@@ -91,17 +94,52 @@ def test_tokens_are_those_of_one_process_on_any_layout(place: Path, tmp_path: Pa
         everything = [ids for rows in endless.values() for ids in rows]
         end = max({token for ids in everything for token in ids}, key=lambda t: variety(everything, t))
         assert variety(everything, end) > 1, "rows that end together do not show that ranks wait"
-        ends = [end]
-        wanted[model] = {name: [until(ids, ends) for ids in rows] for name, rows in endless.items()}
-        cases |= {(model, name): case(place, model, GREEDY, ends, **more) for name, more in layouts.items()}
+        wanted[model] = {name: [until(ids, [end]) for ids in rows] for name, rows in endless.items()}
+        cases |= {(model, name): case(place, model, GREEDY, [end], **more) for name, more in LAYOUTS.items()}
     for name, batch_size in (("ZeRO-3", 4), ("tp", 11)):
-        cases[name, "sampled"] = case(place, "llama", SAMPLED | {"batch_size": batch_size}, [], **layouts[name])
-    found = run_ranks(2, "generating:on_ranks", cases, folder=tmp_path / "ranks")
-    assert found[0] == found[1], "the ranks do not agree"
-    for model, name in itertools.product(wanted, layouts):
-        assert found[0][model, name] == wanted[model], f"{model}, {name}"
-    assert found[0]["ZeRO-3", "sampled"] == found[0]["tp", "sampled"]
-    assert found[0]["tp", "sampled"]["a"] != found[0]["llama", "tp"]["a"], "sampling took the likeliest tokens only"
+        cases[name, "sampled"] = case(place, "llama", SAMPLED | {"batch_size": batch_size}, [], **LAYOUTS[name])
+    trees = trainings(place, tmp_path)
+    found = run_ranks(2, "generating:both", cases, trees, folder=tmp_path / "ranks")
+    tokens, trained = found[0]
+    assert tokens == found[1][0], "the ranks do not agree"
+    for model, name in itertools.product(wanted, LAYOUTS):
+        assert tokens[model, name] == wanted[model], f"{model}, {name}"
+    assert tokens["ZeRO-3", "sampled"] == tokens["tp", "sampled"]
+    assert tokens["tp", "sampled"]["a"] != tokens["llama", "tp"]["a"], "sampling took the likeliest tokens only"
+    check_trainings(trained, place, tmp_path)
+
+
+def trainings(place: Path, tmp_path: Path) -> dict[tuple[str, bool], dict[str, Any]]:
+    """A run on each layout with and without rows that are continued."""
+    rows = write_rows(tmp_path / "tokens.jsonl")
+    more: dict[str, Any] = {
+        "train__max_steps": 4,
+        "data__packing": False,
+        "data__validation": 0.2,
+        "lora__dropout": 0.1,
+        "lora__target_modules": ["q", "v"],
+    }
+    asked = {"eval__generate": str(place / "rows.jsonl"), "eval__generate_rows": 5, "eval__max_new_tokens": 6}
+    return {
+        (name, generates): config(
+            place / "llama", rows, tmp_path / f"{name}-{generates}", **more, **layout, **(asked if generates else {})
+        )
+        for (name, layout), generates in itertools.product(LAYOUTS.items(), (True, False))
+    }
+
+
+def check_trainings(found: dict[tuple[str, bool], Any], place: Path, tmp_path: Path) -> None:
+    tokenizer = encoder.tokenizer(place / "llama")
+    ends = prompts.end_tokens(place / "llama", tokenizer)
+    for name in LAYOUTS:
+        losses, row, saved = found[name, True]
+        assert losses == found[name, False][0], f"{name}: generating changes training"
+        written = tmp_path / f"{name}-True" / "generated" / f"step-{GENERATED:06d}.jsonl"
+        completions = [json.loads(line)["completion"] for line in written.read_text().splitlines()]
+        theirs = reference(str(place / "llama"), {"a": saved}, str(place / "rows.jsonl"), 6)
+        wanted = [tokenizer.decode(until(ids, ends), skip_special_tokens=True) for ids in theirs["a"][:5]]
+        assert completions == wanted and theirs["a"] != theirs["base"], name
+        assert row["val_loss"] > 0 and set(row["generated"]) == {"rouge1", "rouge2", "rougeL", "exact_match", "bleu"}
 
 
 @pytest.mark.long
@@ -201,6 +239,7 @@ def test_wrong_usage(
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "something was written"
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_the_command_from_rows_to_rows(place: Path, tmp_path: Path) -> None:
     """Two ranks; a file that is there already, from a call that was killed, is kept."""
@@ -230,44 +269,6 @@ def test_the_command_from_rows_to_rows(place: Path, tmp_path: Path) -> None:
     again = Command(command, tmp_path, TMPDIR=str(tmp_path)).end()
     assert again.code == 0 and "a        was there" in again.screen and "base     was there" in again.screen
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-@pytest.mark.ranks
-def test_rows_are_continued_while_training(place: Path, tmp_path: Path) -> None:
-    """As by PEFT from a checkpoint of that step; and training goes on to the same bits as without."""
-    rows = write_rows(tmp_path / "tokens.jsonl")
-    more: dict[str, Any] = {
-        "train__max_steps": 4,
-        "data__packing": False,
-        "data__validation": 0.2,
-        "lora__dropout": 0.1,
-        "lora__target_modules": ["q", "v"],
-    }
-    asked = {"eval__generate": str(place / "rows.jsonl"), "eval__generate_rows": 5, "eval__max_new_tokens": 6}
-    layouts: dict[str, dict[str, Any]] = {"ZeRO-3": {}, "tp": {"parallel__tensor_parallel_size": 2}}
-    trees = {
-        (name, generates): config(
-            place / "llama",
-            rows,
-            tmp_path / f"{name}-{generates}",
-            **more,
-            **layouts[name],
-            **(asked if generates else {}),
-        )
-        for name, generates in itertools.product(layouts, (True, False))
-    }
-    found = run_ranks(2, "generating:while_training", trees, 2, folder=tmp_path / "ranks")[0]
-    tokenizer = encoder.tokenizer(place / "llama")
-    for name in layouts:
-        losses, row, saved = found[name, True]
-        assert losses == found[name, False][0], f"{name}: generating changes training"
-        written = tmp_path / f"{name}-True" / "generated" / "step-000002.jsonl"
-        completions = [json.loads(line)["completion"] for line in written.read_text().splitlines()]
-        theirs = reference(str(place / "llama"), {"a": saved}, str(place / "rows.jsonl"), 6)
-        ends = prompts.end_tokens(place / "llama", tokenizer)
-        wanted = [tokenizer.decode(until(ids, ends), skip_special_tokens=True) for ids in theirs["a"][:5]]
-        assert completions == wanted and theirs["a"] != theirs["base"], name
-        assert row["val_loss"] > 0 and set(row["generated"]) == {"rouge1", "rouge2", "rougeL", "exact_match", "bleu"}
 
 
 def test_scores_are_the_libraries() -> None:

@@ -1,5 +1,6 @@
 """Variants of LoRA on two ranks are PEFT's in one process: losses, gradients, what a checkpoint of them holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny import tiny_folder
 from torch import Tensor, nn
 from training import Trace, _our_name, _reference_steps, assert_equal, config, random_factors, write_rows
 from transformers import AutoModelForCausalLM
+from variant_cases import Run
 
 from lora_scale import cli
 from lora_scale.spec.config import RunConfig
@@ -121,84 +123,94 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
-def check(ranks: int, trees: dict[str, dict[str, Any]], place: Path, randomise: bool, **more: Any) -> None:
-    """Each tree as the others and as PEFT with a LoraConfig of `more`; gone on with from its checkpoint to the same
+Group = tuple[dict[str, dict[str, Any]], dict[str, Any]]
+"""The same run on several layouts by their names, and what PEFT's LoraConfig is told for it."""
+
+
+def check(ranks: int, groups: dict[str, Group], place: Path) -> None:
+    """In one launch: each run as on the group's other layouts and as PEFT; gone on with from its checkpoint to the same
     bits; and its last checkpoint, loaded by PEFT on the untouched base, gives the logits of PEFT's trained model."""
-    cases = "variant_cases:begin_save_go_on"
-    found = run_ranks(ranks, cases, trees, SAVED, randomise, folder=place / "ranks", timeout=280)[0]
-    first = next(iter(found.values()))
+    trees = {(group, name): tree for group, (found, _) in groups.items() for name, tree in found.items()}
+    # tensor parallel runs last: a process in which DeepSpeed has once seen an mpu takes no engine without one
+    trees = dict(sorted(trees.items(), key=lambda item: item[1].get("parallel", {}).get("tensor_parallel_size", 1)))
+    runs = run_ranks(
+        ranks, "variant_cases:begin_save_go_on", trees, SAVED, folder=place / "ranks", timeout=60 + 30 * len(trees)
+    )[0]
+    for group, (found, more) in groups.items():
+        check_group(group, found, more, {name: runs[group, name] for name in found}, place)
+
+
+def check_group(
+    group: str, trees: dict[str, dict[str, Any]], more: dict[str, Any], runs: dict[str, Run], place: Path
+) -> None:
+    first = next(iter(runs.values()))
     cfg = RunConfig.model_validate(next(iter(trees.values())))
     theirs, trace = with_peft(cfg, first.begun, **more)
-    plain = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
-    wanted, untrained = logits(theirs), logits(plain)
-    assert (wanted - untrained).abs().max() > 1e-2 * untrained.abs().max(), "training changes nothing"
-    for name, run in found.items():
-        assert all(torch.equal(run.begun[key], value) for key, value in first.begun.items()), f"{name} begins elsewhere"
+    wanted, untrained = logits(theirs), logits(plain(cfg))
+    assert (wanted - untrained).abs().max() > 1e-2 * untrained.abs().max(), f"{group}: training changes nothing"
+    tolerance = 1e-5 * wanted.abs().max()
+    for name, run in runs.items():
+        where = f"{group}, {name}"
+        assert all(torch.equal(run.begun[key], value) for key, value in first.begun.items()), (
+            f"{where} begins elsewhere"
+        )
         assert_equal(run.trace, trace)
-        assert all(torch.equal(run.resumed[key], value) for key, value in run.trace.values.items()), name
-        base = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
-        loaded = logits(PeftModel.from_pretrained(base, str(run.final)))
-        assert (loaded - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
-    words = ["export", str(first.final), "--out", str(place / "exported"), "--base", cfg.model.path, "--verify"]
+        assert all(torch.equal(run.resumed[key], value) for key, value in run.trace.values.items()), where
+        assert (logits(PeftModel.from_pretrained(plain(cfg), str(run.final))) - wanted).abs().max() <= tolerance, where
+    out = place / f"exported {group}"
     with pytest.raises(SystemExit) as end:
-        cli.main(words)
+        cli.main(["export", str(first.final), "--out", str(out), "--base", cfg.model.path, "--verify"])
     assert not end.value.code
-    base = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
-    exported = logits(PeftModel.from_pretrained(base, str(place / "exported")))
-    assert (exported - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (logits(PeftModel.from_pretrained(plain(cfg), str(out))) - wanted).abs().max() <= tolerance, group
 
 
-@pytest.mark.ranks
-def test_pissa(tmp_path: Path) -> None:
-    model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), write_rows(tmp_path / "rows.jsonl")
-    trees = {
-        name: tree_of(model, rows, tmp_path / name, lora__pissa="full", **LAYOUTS[name])
-        for name in ("ZeRO-3", "tensor parallel")
-    }
-    check(2, trees, tmp_path, False, init_lora_weights="pissa")
+def plain(cfg: RunConfig) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
 
 
-@pytest.mark.long
-@pytest.mark.ranks
-def test_pissa_by_iterations_and_in_one_process(tmp_path: Path) -> None:
-    model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), write_rows(tmp_path / "rows.jsonl")
-    way = {"lora__pissa": 1000}  # so many find the exact components of so small weights
-    trees = {name: tree_of(model, rows, tmp_path / name, **way, **changes) for name, changes in LAYOUTS.items()}
-    check(2, trees, tmp_path / "many", False, init_lora_weights="pissa")
-    one = {"one process": tree_of(model, rows, tmp_path / "one", lora__pissa="full")}
-    check(1, one, tmp_path / "1", False, init_lora_weights="pissa")
+def pissa(place: Path, how: str | int, layouts: Sequence[str]) -> Group:
+    model, rows = tiny_folder(place / "model", dtype=torch.float32), write_rows(place / "rows.jsonl")
+    trees = {name: tree_of(model, rows, place / f"{name} {how}", lora__pissa=how, **LAYOUTS[name]) for name in layouts}
+    return trees, {"init_lora_weights": "pissa"}
 
 
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "all biases and the head": ("gpt2, untied", {"bias": "all", "modules_to_save": ["lm_head"]}),
+    "all biases and the head": ("gpt2", {"bias": "all", "modules_to_save": ["lm_head"]}),
     "biases of adapted layers": ("qwen2", {"bias": "lora_only"}),
     "head and embeddings": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
 }
 
 
-def check_parts(case: str, ranks: int, stages: tuple[int, ...], place: Path) -> None:
-    family, changes = PARTS[case]
-    kind, _, untied = family.partition(", ")
-    sizes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
-    model = tiny_folder(place / "model", kind, dtype=torch.float32, **sizes)
+def parts(place: Path, case: str, stages: Sequence[int]) -> Group:
+    kind, changes = PARTS[case]
+    model = tiny_folder(place / "model", kind, dtype=torch.float32, tie_word_embeddings=False)
     rows, ours = write_rows(place / "rows.jsonl"), {f"lora__{key}": value for key, value in changes.items()}
     trees = {
         f"stage {stage}": tree_of(model, rows, place / f"run-{stage}", parallel__zero_stage=stage, **ours)
         for stage in stages
     }
-    check(ranks, trees, place, True, **changes)
+    return trees, changes
 
 
 @pytest.mark.ranks
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-def test_parts_of_the_base(tmp_path: Path) -> None:
-    check_parts("all biases and the head", 2, (3,), tmp_path)
+def test_variants_are_pefts(tmp_path: Path) -> None:
+    case = "all biases and the head"
+    groups = {
+        "pissa": pissa(tmp_path / "pissa", "full", ["ZeRO-3", "tensor parallel"]),
+        case: parts(tmp_path / "parts", case, [3]),
+    }
+    check(2, groups, tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.ranks
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", PARTS)
-def test_parts_of_the_base_at_every_stage(case: str, ranks: int, tmp_path: Path) -> None:
-    check_parts(case, ranks, (3, 2, 1, 0), tmp_path)
+def test_every_variant_on_every_layout(ranks: int, tmp_path: Path) -> None:
+    """PiSSA by iterations: a thousand find the exact components of so small weights."""
+    layouts = list(LAYOUTS) if ranks == 2 else ["ZeRO-3"]
+    groups = {f"pissa {how}": pissa(tmp_path / f"pissa {how}", how, layouts) for how in ("full", 1000)}
+    groups |= {case: parts(tmp_path / case, case, [3, 2, 1, 0]) for case in PARTS}
+    check(ranks, groups, tmp_path)

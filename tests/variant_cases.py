@@ -21,13 +21,13 @@ class Run:
     final: Path  # the last checkpoint
 
 
-def begin_save_go_on(here: World, trees: dict[str, dict[str, Any]], step: int, randomise: bool) -> dict[str, Run]:
-    """Every run from the start that it makes for itself, or from random values; saved after `step` steps and at the
-    end."""
+def begin_save_go_on(here: World, trees: dict[Any, dict[str, Any]], step: int) -> dict[Any, Run]:
+    """Every run, PiSSA from the start that it makes for itself and the others from random values; saved after `step`
+    steps and at the end."""
     found = {}
     for name, tree in trees.items():
         print(name, flush=True)
-        job = start(here, tree, randomise=randomise)
+        job = start(here, tree, randomise="pissa" not in tree["lora"])
         begun = everything(job, masters.VALUE)
         total, place = job.data.plan.total_steps, Path(tree["run_dir"])
         first = train(job, 0, step)
