@@ -26,8 +26,8 @@ train:
 """
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 LORA_KEYS = (
-    "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A, bias, modules_to_save, "
-    "pissa"
+    "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A, use_dora, bias, "
+    "modules_to_save, pissa"
 )
 TOP = "keys at the top: run_dir, method, precision, recompute, resume, init_adapter, allow_other_base, seed, max_hours"
 ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, early_stop, save, parallel, memory, engine, track"

@@ -245,7 +245,7 @@ DAMAGES = {
     "adapter_config.json cannot be read": lambda f: (f / peft.CONFIG_FILE).write_text("{"),
     "does not hold a JSON object": lambda f: (f / peft.CONFIG_FILE).write_text("[]"),
     "peft_type is 'IA3'": lambda f: _edit_config(f, peft_type="IA3"),
-    "use_dora is True": lambda f: _edit_config(f, use_dora=True),
+    "lora_magnitude_vector, and adapter_config.json says use_dora": lambda f: _edit_config(f, use_dora=True),
     "init_lora_weights is 'pissa'": lambda f: _edit_config(f, init_lora_weights="pissa"),
     "lacks lm_head, which adapter_config.json has in modules_to_save": lambda f: _edit_config(
         f, modules_to_save=["lm_head"]

@@ -115,7 +115,8 @@ def with_peft(cfg: RunConfig, values: dict[str, Tensor], **more: Any) -> tuple[n
 
 
 def our_name(peft_name: str) -> str:
-    return _our_name(peft_name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+    name = _our_name(peft_name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
 
 
 @torch.no_grad()
@@ -177,6 +178,8 @@ def pissa(place: Path, how: str | int, layouts: Sequence[str]) -> Group:
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all biases and the head": ("gpt2", {"bias": "all", "modules_to_save": ["lm_head"]}),
     "biases of adapted layers": ("qwen2", {"bias": "lora_only"}),
+    "DoRA": ("llama", {"use_dora": True}),
+    "DoRA with biases": ("gpt2", {"use_dora": True}),
     "head and embeddings": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
 }
 
@@ -199,6 +202,7 @@ def test_variants_are_pefts(tmp_path: Path) -> None:
     groups = {
         "pissa": pissa(tmp_path / "pissa", "full", ["ZeRO-3", "tensor parallel"]),
         case: parts(tmp_path / "parts", case, [3]),
+        "DoRA": parts(tmp_path / "dora", "DoRA", [3]),
     }
     check(2, groups, tmp_path)
 

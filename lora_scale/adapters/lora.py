@@ -9,7 +9,7 @@ without autocast it casts x to fp32 instead and multiplies there, which costs se
 
 import math
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,51 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, dropout={self.dropout}"
 
 
+class DoRALinear(LoRALinear):
+    """DoRA (https://arxiv.org/abs/2402.09353): each row of W + scaling * B A is brought to a length that trains.
+
+    y = m / n * (W x + scaling * B A x) + bias, n the rows' present lengths, constant to autograd as in the paper's
+    section 4.3. n^2 = |w|^2 + 2 s b (W A^T) + s^2 b (A A^T) b^T, row by row: no update as large as W is formed. The
+    forward reads the base layer's weight beside it, so under ZeRO-3 both must be gathered as one.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, **options: Any) -> None:
+        super().__init__(base_layer, name, **options)
+        ones = torch.ones(self.out_features, dtype=torch.float32, device="cpu")
+        self.lora_magnitude_vector = nn.Parameter(ones)  # m, (out,); PEFT's name
+        self.squares: Tensor  # |w|^2 of the whole base's rows, (out,)
+        self.register_buffer("squares", ones.clone(), persistent=False)
+
+    def begin_at_norms(self, squares: Tensor) -> None:
+        """Begin at the base's own lengths; `squares` (out,), fp32, are theirs."""
+        self.squares = squares
+        with torch.no_grad():
+            self.lora_magnitude_vector.copy_(squares.sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        bias = self.base_layer.bias
+        plain = y if bias is None else y - bias.to(y.dtype)
+        a, b = self._factors(x.dtype)
+        ratio = self.lora_magnitude_vector / self._norms()
+        update = F.linear(F.linear(x, a), b) * self.scaling
+        return y + (ratio - 1).to(y.dtype) * plain + ratio.to(y.dtype) * update  # ratio is near 1: bf16 has no digits
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        weight = weight if isinstance(self.base_layer, nn.Linear) else weight.T
+        a, b, s = self.lora_A, self.lora_B, self.scaling
+        cross = (weight @ a.T.to(weight.dtype)).float()
+        return (self.squares + 2 * s * (cross * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)).sqrt()
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Squared lengths of the rows of a weight (out, in), fp32."""
+    return weight.float().square().sum(1)
+
+
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """The factor before B A."""
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
@@ -120,8 +165,9 @@ def adapt(model: nn.Module, cfg: LoraConfig, seed: int, context: DropoutContext 
     model.requires_grad_(False)
     adapted = {}
     for name, (r, alpha) in targets.items():
-        layer = LoRALinear(
-            model.get_submodule(name),
+        base = model.get_submodule(name)
+        layer = (DoRALinear if cfg.use_dora else LoRALinear)(
+            base,
             name,
             r=r,
             lora_alpha=alpha,
@@ -131,6 +177,8 @@ def adapt(model: nn.Module, cfg: LoraConfig, seed: int, context: DropoutContext 
         )
         with torch.no_grad():
             layer.lora_A.copy_(draw_a(seed, name, r, layer.in_features, cfg.init_A))
+        if isinstance(layer, DoRALinear) and isinstance(base.weight, Tensor) and not base.weight.is_meta:
+            layer.begin_at_norms(row_squares(base.weight if isinstance(base, nn.Linear) else base.weight.T))
         layer.train(model.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

@@ -39,12 +39,13 @@ _PREFIX, _SUFFIX = "base_model.model.", ".weight"
 _FACTORS = (".lora_A", ".lora_B")
 _TORCH_DTYPES = dict(DTYPES.values())
 
-OTHERS = "brings trained biases or whole modules of the base (bias, modules_to_save)"
+MAGNITUDE = "lora_magnitude_vector"
+OTHERS = "brings more than factors (DoRA, bias, modules_to_save)"
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _READ = (
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
-    "modules_to_save",
+    *("modules_to_save", "use_dora"),
 )
 _NEUTRAL = (
     # Which modules are adapted is read from the tensors' names.
@@ -64,7 +65,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 class Adapter:
     """An adapter folder: adapter_config.json, and the factors by parameter name (<module>.lora_A).
 
-    `others` are parts of the base that trained too (`adapters.trained`), by their names in an adapted model.
+    `others` are DoRA's magnitudes and parts of the base that trained, by their names in an adapted model.
     """
 
     config: dict[str, Any]
@@ -103,6 +104,7 @@ class Adapter:
             alpha_pattern={pattern: float(alpha) for pattern, alpha in alpha_pattern.items()},
             use_rslora=bool(self.config.get("use_rslora")),
             init_A="gaussian" if self.config.get("init_lora_weights") == "gaussian" else "kaiming",
+            use_dora=bool(self.config.get("use_dora")),
             bias=self.config.get("bias") or "none",
             modules_to_save=tuple(self.config.get("modules_to_save") or ()),
         )
@@ -133,7 +135,7 @@ def adapter_config(
         "rank_pattern": dict(cfg.rank_pattern),
         "alpha_pattern": {pattern: _short(alpha) for pattern, alpha in cfg.alpha_pattern.items()},
         "use_rslora": cfg.use_rslora,
-        "use_dora": False,
+        "use_dora": cfg.use_dora,
         "bias": cfg.bias,
         "fan_in_fan_out": any(not isinstance(layer.base_layer, nn.Linear) for layer in adapted.values()),
         "init_lora_weights": "gaussian" if cfg.init_A == "gaussian" else True,
@@ -205,6 +207,9 @@ def read_adapter(folder: Path) -> Adapter:
         raise CheckpointError(str(error)) from error
     others = {name: factors.pop(name) for name in list(factors) if not name.endswith(_FACTORS)}
     _check_pairs(path, config, factors)
+    modules = [name.rpartition(".")[0] for name in factors]
+    if config.get("use_dora") and (bare := [name for name in modules if f"{name}.{MAGNITUDE}" not in others]):
+        raise CheckpointError(f"{path} lacks {key(bare[0])}.{MAGNITUDE}, and {CONFIG_FILE} says use_dora")
     for module in config.get("modules_to_save") or ():
         if not any(has_suffix(name.rpartition(".")[0], (module,)) for name in others):
             raise CheckpointError(f"{path} lacks {module}, which {CONFIG_FILE} has in modules_to_save")
@@ -257,14 +262,12 @@ def _check_number(path: Path, name: str, value: Any, kinds: tuple[type, ...]) ->
 def _parameter(path: Path, stored: str, config: Mapping[str, Any]) -> str:
     name = stored.removeprefix(_PREFIX)
     module, _, leaf = name.rpartition(".")
-    trained = config.get("bias", "none") != "none" and leaf == "bias"
-    if stored.startswith(_PREFIX) and (trained or has_suffix(module, tuple(config.get("modules_to_save") or ()))):
+    more = ["bias"] * (config.get("bias", "none") != "none") + [MAGNITUDE] * bool(config.get("use_dora"))
+    if key(name) == stored and (leaf in more or has_suffix(module, tuple(config.get("modules_to_save") or ()))):
         return name
     name = name.removesuffix(_SUFFIX)
     if not name.endswith(_FACTORS) or key(name) != stored:
-        raise CheckpointError(
-            f"{path}: {stored} is no factor of a linear layer's LoRA; such an adapter is not read here"
-        )
+        raise CheckpointError(f"{path}: {stored} is no factor of a linear layer's LoRA; it is not read here")
     return name
 
 

@@ -1,7 +1,8 @@
-"""The principal components of the adapted weights (`lora.pissa`), computed once a module by one rank for all.
+"""What variants must know of the adapted weights, computed once a module by one rank for all: principal components
+(`lora.pissa`), lengths of rows (`lora.use_dora`).
 
 Rank k takes every module whose number is k modulo the ranks, reads its whole weight from the files, one at a time, and
-decomposes it on its device; the factors (r x in, out x r) then travel to the others. A sharded weight is never
+works on it on its device; the result (two factors, or a vector) then travels to the others. A sharded weight is never
 gathered, and what comes out depends on the file's bytes alone, not on ranks or layout. A resumed run takes them from
 its checkpoint.
 """
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_scale.adapters import peft, principal
-from lora_scale.adapters.lora import LoRALinear
+from lora_scale.adapters.lora import DoRALinear, LoRALinear, row_squares
 from lora_scale.parallel.world import on_every_rank
 from lora_scale.spec.config import RunConfig
 from lora_scale.storage.folder import ModelFolder, sources
@@ -41,6 +42,18 @@ def start(
     _share(layers, found, lambda number: number % ranks)
 
 
+def norms(model: nn.Module, layers: Mapping[str, LoRALinear], folder: ModelFolder) -> None:
+    """Give every DoRA layer the lengths of its base's rows. Collective over all ranks."""
+    names, ranks = list(layers), dist.get_world_size()
+    mine = names[dist.get_rank() :: ranks]
+    found = on_every_rank(lambda: {name: row_squares(_weight(model, name, layers[name], folder)) for name in mine})
+    for number, (name, layer) in enumerate(layers.items()):
+        assert isinstance(layer, DoRALinear)
+        squares = found[name] if name in found else torch.empty(layer.out_features, device=_device())
+        dist.broadcast(squares, src=number % ranks)
+        layer.begin_at_norms(squares.cpu())
+
+
 def _from_checkpoint(path: Path, layers: Mapping[str, LoRALinear]) -> Factors:
     factors = peft.read_adapter(path).factors
     return {name: principal.start_in(factors, name, layer.r) for name, layer in layers.items()}
@@ -49,6 +62,13 @@ def _from_checkpoint(path: Path, layers: Mapping[str, LoRALinear]) -> Factors:
 def _decomposed(
     cfg: RunConfig, model: nn.Module, name: str, layer: LoRALinear, folder: ModelFolder
 ) -> tuple[Tensor, Tensor]:
+    assert cfg.lora.pissa is not None
+    weight = _weight(model, name, layer, folder)
+    return principal.components(weight, layer.r, layer.scaling, cfg.lora.pissa, cfg.seed, name)
+
+
+def _weight(model: nn.Module, name: str, layer: LoRALinear, folder: ModelFolder) -> Tensor:
+    """The whole weight of a module from the files, (out, in), on this rank's device."""
     linear = isinstance(layer.base_layer, nn.Linear)
     stored = (layer.out_features, layer.in_features) if linear else (layer.in_features, layer.out_features)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -56,9 +76,7 @@ def _decomposed(
     weight = torch.empty(stored, dtype=_DTYPES[entry.dtype])
     with Reader() as reader:
         reader.read_into(entry.whole(), weight.view(-1).view(torch.uint8).numpy().data)
-    weight = (weight if linear else weight.T).to(_device())
-    assert cfg.lora.pissa is not None
-    return principal.components(weight, layer.r, layer.scaling, cfg.lora.pissa, cfg.seed, name)
+    return (weight if linear else weight.T).to(_device())
 
 
 def _share(layers: Mapping[str, LoRALinear], found: Factors, owner: Callable[[int], int]) -> None:

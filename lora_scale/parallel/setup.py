@@ -154,6 +154,13 @@ def build_model(
     if start is not None:
         initial.start_from(start, layers)
         notes.append(f"starts from the factors of {start}")
+    if cfg.lora.use_dora:
+        inside = {id(module) for layer in recompute.decoder_layers(model) for module in layer.modules()}
+        if outside := [name for name, layer in layers.items() if id(layer) not in inside]:
+            raise ConfigError(
+                f"lora.use_dora is true, but {outside[0]} is in no decoder layer; leave it out of targets"
+            )
+        principal.norms(model, layers, folder)
     if cfg.lora.pissa is not None:
         began = time.perf_counter()
         principal.start(cfg, model, layers, folder, resume)

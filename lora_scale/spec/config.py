@@ -63,6 +63,8 @@ class LoraConfig(Section):
     init_A: Literal["kaiming", "gaussian"] = "kaiming"
     """Distribution of A at the start: PEFT's default, or the paper's Gaussian (standard deviation 1/r, as PEFT's). B
     starts at zero."""
+    use_dora: bool = False
+    """Train the length of each row of the adapted weights too (DoRA, https://arxiv.org/abs/2402.09353)."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Biases that train beside the factors: of the adapted layers, or all that the base has (PEFT: bias)."""
     modules_to_save: Names = ()

@@ -62,6 +62,8 @@ def _check_lora(cfg: "RunConfig") -> None:
         raise ValueError(
             f"lora.pissa is {lora.pissa} and init_adapter is {cfg.init_adapter}: both say where to start; leave one out"
         )
+    if lora.use_dora:
+        _check_dora(cfg)
     trains_base = f"lora.bias is {lora.bias}" if lora.bias != "none" else "lora.modules_to_save is set"
     if lora.bias != "none" or lora.modules_to_save:
         if cfg.parallel.tensor_parallel_size > 1:
@@ -78,6 +80,21 @@ def _check_lora(cfg: "RunConfig") -> None:
         raise ValueError(
             f"lora.pissa is {lora.pissa} and lora.dropout is {lora.dropout}, which would drop principal components of "
             "the base; set lora.dropout=0"
+        )
+
+
+def _check_dora(cfg: "RunConfig") -> None:
+    if cfg.parallel.tensor_parallel_size > 1:
+        raise ValueError(
+            f"lora.use_dora is true and parallel.tensor_parallel_size is {cfg.parallel.tensor_parallel_size}: a row's "
+            "length is not known to one rank; set parallel.tensor_parallel_size=1"
+        )
+    for key, value in (("pissa", cfg.lora.pissa), ("dropout", cfg.lora.dropout or None)):
+        if value is not None:
+            raise ValueError(f"lora.use_dora is true and lora.{key} is {value}, which do not go together here")
+    if cfg.init_adapter is not None:
+        raise ValueError(
+            f"lora.use_dora is true and init_adapter is {cfg.init_adapter}: only factors can be started from"
         )
 
 

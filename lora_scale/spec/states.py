@@ -117,6 +117,7 @@ def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Sha
         d_in, d_out = linear.features
         of_a, of_b = factor_splits(cuts.get(linear.name), linear.kind == "conv1d")
         shapes += [_largest((r, d_in), of_a, tp), _largest((d_out, r), of_b, tp)]
+        shapes += [(d_out,)] if cfg.lora.use_dora else []
     return [*shapes, *(p.shape for p in trained_base(model, cfg))]
 
 
