@@ -23,6 +23,7 @@ VERBS = {
     "export": "Write a checkpoint's adapter in PEFT form.",
     "merge": "Write the base with the adapter added to its weights.",
     "analyze": "Say what updates look like, and what that means for r and targets.",
+    "generate": "Continue rows of text with one or more adapters.",
     "config": "Print every key with its value and origin, or the JSON Schema.",
     "report": "Turn a run directory into a page: memory, loss, speed.",
     "bench": "Measure speed beside others on this machine's GPUs.",
@@ -34,6 +35,7 @@ EXTRAS = {  # what pyproject.toml calls them: the packages that are missed witho
     "train": ("torch", "deepspeed", "transformers", "tokenizers", "huggingface_hub", "safetensors", "peft", "jinja2"),
     "data": ("datasets", "pyarrow"),
     "mpi": ("mpi4py",),
+    "eval": ("rouge_score", "sacrebleu"),
 }
 
 

@@ -25,7 +25,10 @@ train:
   epochs: 1
 """
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-LORA_KEYS = "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A"
+LORA_KEYS = (
+    "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A, use_dora, bias, "
+    "modules_to_save, pissa"
+)
 TOP = (
     "keys at the top: run_dir, method, precision, recompute, kernels, resume, init_adapter, allow_other_base, seed, "
     "max_hours"
@@ -240,7 +243,7 @@ def test_numbers_and_words_are_yaml_1_2(config: Path) -> None:
 
 def test_overrides_into_what_is_no_mapping(config: Path) -> None:
     config.write_text(SMALL + "lora: x\n")
-    with pytest.raises(ConfigError, match=r"^lora is 'x'; it must be a mapping of the keys r, .*init_A$"):
+    with pytest.raises(ConfigError, match=r"^lora is 'x'; it must be a mapping of the keys r, .*pissa$"):
         load(config, ["lora.r=4", "lora.rank_pattern.q=4"])
     config.write_text(SMALL + "lora: {rank_pattern: x}\n")
     assert load(config, ["lora.rank_pattern.q=4"]).lora.rank_pattern == {"q": 4}

@@ -18,6 +18,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from lora_scale.adapters import peft, targets
+from lora_scale.adapters.initial import load_factors
 from lora_scale.adapters.lora import LoRALinear, adapt
 from lora_scale.spec.config import LoraConfig
 from lora_scale.spec.errors import CheckpointError
@@ -143,7 +144,7 @@ def test_we_read_what_peft_saved(values: dict, dtype: torch.dtype, tmp_path: Pat
     assert all(factor.dtype == dtype for factor in adapter.factors.values())
     model = tiny_model("llama").eval()
     layers = adapt(model, adapter.lora_config(), seed=5)
-    peft.load_factors(layers, adapter)
+    load_factors(layers, adapter)
     assert len(layers) == sum(isinstance(layer, LoraLayer) for layer in theirs.modules())
     assert torch.equal(logits(model), expected)
     assert adapter.max_rank == 4
@@ -244,9 +245,11 @@ DAMAGES = {
     "adapter_config.json cannot be read": lambda f: (f / peft.CONFIG_FILE).write_text("{"),
     "does not hold a JSON object": lambda f: (f / peft.CONFIG_FILE).write_text("[]"),
     "peft_type is 'IA3'": lambda f: _edit_config(f, peft_type="IA3"),
-    "use_dora is True": lambda f: _edit_config(f, use_dora=True),
+    "lora_magnitude_vector, and adapter_config.json says use_dora": lambda f: _edit_config(f, use_dora=True),
     "init_lora_weights is 'pissa'": lambda f: _edit_config(f, init_lora_weights="pissa"),
-    "modules_to_save is ['lm_head']": lambda f: _edit_config(f, modules_to_save=["lm_head"]),
+    "lacks lm_head, which adapter_config.json has in modules_to_save": lambda f: _edit_config(
+        f, modules_to_save=["lm_head"]
+    ),
     "a_variant_of_tomorrow is 3": lambda f: _edit_config(f, a_variant_of_tomorrow=3),
     "r is None; it must be a positive number": lambda f: _edit_config(f, r=None),
     "lora_alpha is 0": lambda f: _edit_config(f, lora_alpha=0),
@@ -295,4 +298,4 @@ def test_a_damaged_or_foreign_adapter_is_refused_in_one_line(message: str, whole
 def test_an_adapter_of_another_shape_does_not_load(changes: dict, message: str, whole: Path) -> None:
     _, layers = adapted_model("llama", config(**changes))
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        peft.load_factors(layers, peft.read_adapter(whole))
+        load_factors(layers, peft.read_adapter(whole))

@@ -1,20 +1,24 @@
-"""LoRA+ under ZeRO-3 on two ranks is PEFT's in one process."""
+"""Variants of LoRA on two ranks are PEFT's in one process: losses, gradients, what a checkpoint of them holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from ranks import run_ranks
 from tiny import tiny_folder
-from torch import Tensor
-from training import _our_name, config, random_factors, write_rows
+from torch import Tensor, nn
+from training import Trace, _our_name, _reference_steps, assert_equal, config, random_factors, write_rows
 from transformers import AutoModelForCausalLM
+from variant_cases import Run
 
+from lora_scale import cli
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.families import roles
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage import prepared
 from lora_scale.storage.folder import open_folder
@@ -71,3 +75,146 @@ def test_lora_plus(tmp_path: Path) -> None:
             assert error <= 1e-5, f"{name}: {factor} is off by {error:.1e}"  # fp32 sums in another order
     moved = max((theirs[f] - plain[f]).norm() / plain[f].norm() for f in theirs if f.endswith("lora_B"))
     assert moved > 1e-2, "the ratio changes nothing: the comparison would be empty"
+
+
+IDS = torch.arange(2 * 9).view(2, 9) * 7 % 61
+SAVED = 2  # steps before the checkpoint
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ZeRO-3": {},
+    "ZeRO-1, adapters": {"parallel__zero_stage": 1},
+    "tensor parallel": {"parallel__tensor_parallel_size": 2},
+}
+
+
+def tree_of(model: Path, rows: Path, run: Path, **changes: Any) -> dict[str, Any]:
+    return config(
+        model, rows, run, train__max_steps=STEPS, train__warmup_steps=0, data__packing=False, lora__r=4, **changes
+    )
+
+
+def with_peft(cfg: RunConfig, values: dict[str, Tensor], **more: Any) -> tuple[nn.Module, Trace]:
+    """The run by PEFT with a LoraConfig of `more`, begun at `values`; the trained model, and the trace."""
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
+    suffixes = roles(model.config.model_type)
+    targets = sorted({end for role in cfg.lora.target_modules for end in suffixes[role]})
+    conv = model.config.model_type == "gpt2"
+    lora = LoraConfig(r=cfg.lora.r, lora_alpha=cfg.lora.lora_alpha, target_modules=targets, fan_in_fan_out=conv, **more)
+    model = get_peft_model(model, lora)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    named = {our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    assert named.keys() == values.keys()
+    with torch.no_grad():
+        for name, p in named.items():
+            if cfg.lora.pissa is not None and name.endswith("lora_A"):  # a pair of vectors may have either sign
+                rows = zip(p, values[name], strict=True)
+                assert all(min((a - b).norm(), (a + b).norm()) <= 1e-4 * a.norm() for a, b in rows), name
+            p.copy_(values[name])
+    return model, _reference_steps(model.train(), cfg, named, STEPS, None)
+
+
+def our_name(peft_name: str) -> str:
+    name = _our_name(peft_name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+Group = tuple[dict[str, dict[str, Any]], dict[str, Any]]
+"""The same run on several layouts by their names, and what PEFT's LoraConfig is told for it."""
+
+
+def check(ranks: int, groups: dict[str, Group], place: Path) -> None:
+    """In one launch: each run as on the group's other layouts and as PEFT; gone on with from its checkpoint to the same
+    bits; and its last checkpoint, loaded by PEFT on the untouched base, gives the logits of PEFT's trained model."""
+    trees = {(group, name): tree for group, (found, _) in groups.items() for name, tree in found.items()}
+    # tensor parallel runs last: a process in which DeepSpeed has once seen an mpu takes no engine without one
+    trees = dict(sorted(trees.items(), key=lambda item: item[1].get("parallel", {}).get("tensor_parallel_size", 1)))
+    runs = run_ranks(
+        ranks, "variant_cases:begin_save_go_on", trees, SAVED, folder=place / "ranks", timeout=60 + 30 * len(trees)
+    )[0]
+    for group, (found, more) in groups.items():
+        check_group(group, found, more, {name: runs[group, name] for name in found}, place)
+
+
+def check_group(
+    group: str, trees: dict[str, dict[str, Any]], more: dict[str, Any], runs: dict[str, Run], place: Path
+) -> None:
+    first = next(iter(runs.values()))
+    cfg = RunConfig.model_validate(next(iter(trees.values())))
+    theirs, trace = with_peft(cfg, first.begun, **more)
+    wanted, untrained = logits(theirs), logits(plain(cfg))
+    assert (wanted - untrained).abs().max() > 1e-2 * untrained.abs().max(), f"{group}: training changes nothing"
+    tolerance = 1e-5 * wanted.abs().max()
+    for name, run in runs.items():
+        where = f"{group}, {name}"
+        assert all(torch.equal(run.begun[key], value) for key, value in first.begun.items()), (
+            f"{where} begins elsewhere"
+        )
+        assert_equal(run.trace, trace)
+        assert all(torch.equal(run.resumed[key], value) for key, value in run.trace.values.items()), where
+        assert (logits(PeftModel.from_pretrained(plain(cfg), str(run.final))) - wanted).abs().max() <= tolerance, where
+    out = place / f"exported {group}"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["export", str(first.final), "--out", str(out), "--base", cfg.model.path, "--verify"])
+    assert not end.value.code
+    assert (logits(PeftModel.from_pretrained(plain(cfg), str(out))) - wanted).abs().max() <= tolerance, group
+
+
+def plain(cfg: RunConfig) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
+
+
+def pissa(place: Path, how: str | int, layouts: Sequence[str]) -> Group:
+    model, rows = tiny_folder(place / "model", dtype=torch.float32), write_rows(place / "rows.jsonl")
+    trees = {name: tree_of(model, rows, place / f"{name} {how}", lora__pissa=how, **LAYOUTS[name]) for name in layouts}
+    return trees, {"init_lora_weights": "pissa"}
+
+
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all biases and the head": ("gpt2", {"bias": "all", "modules_to_save": ["lm_head"]}),
+    "biases of adapted layers": ("qwen2", {"bias": "lora_only"}),
+    "DoRA": ("llama", {"use_dora": True}),
+    "DoRA with biases": ("gpt2", {"use_dora": True}),
+    "head and embeddings": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+}
+
+
+def parts(place: Path, case: str, stages: Sequence[int]) -> Group:
+    kind, changes = PARTS[case]
+    model = tiny_folder(place / "model", kind, dtype=torch.float32, tie_word_embeddings=False)
+    rows, ours = write_rows(place / "rows.jsonl"), {f"lora__{key}": value for key, value in changes.items()}
+    trees = {
+        f"stage {stage}": tree_of(model, rows, place / f"run-{stage}", parallel__zero_stage=stage, **ours)
+        for stage in stages
+    }
+    return trees, changes
+
+
+@pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_variants_are_pefts(tmp_path: Path) -> None:
+    case = "all biases and the head"
+    groups = {
+        "pissa": pissa(tmp_path / "pissa", "full", ["ZeRO-3", "tensor parallel"]),
+        case: parts(tmp_path / "parts", case, [3]),
+        "DoRA": parts(tmp_path / "dora", "DoRA", [3]),
+    }
+    check(2, groups, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_variant_on_every_layout(ranks: int, tmp_path: Path) -> None:
+    """PiSSA by iterations: a thousand find the exact components of so small weights."""
+    layouts = list(LAYOUTS) if ranks == 2 else ["ZeRO-3"]
+    groups = {f"pissa {how}": pissa(tmp_path / f"pissa {how}", how, layouts) for how in ("full", 1000)}
+    groups |= {case: parts(tmp_path / case, case, [3, 2, 1, 0]) for case in PARTS}
+    check(ranks, groups, tmp_path)

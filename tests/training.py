@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.lora import adapt, file_name
+from lora_scale.parallel import checkpoint, masters, setup
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
-from lora_scale.parallel import masters, setup
 from lora_scale.parallel.world import World
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.families import roles
@@ -79,17 +79,19 @@ def random_factors(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=draw) * 0.2 for name, shape in shapes.items()}
 
 
-def start(here: World, tree: dict[str, Any], *, randomise: bool = True) -> setup.Job:
+def start(here: World, tree: dict[str, Any], *, randomise: bool = True, resume: Path | None = None) -> setup.Job:
     """The product's own set-up of a run; then, but for full fine-tuning and for adapters that do not start anew,
-    everything that trains drawn non-zero."""
+    everything that trains drawn non-zero. Or the run goes on from a checkpoint."""
     cfg = RunConfig.model_validate(tree)
     screen = Console(rank=1)  # silent
     folder, identity = setup.open_base(cfg, screen)
     grid = grids.make(cfg.parallel, here)
     data = run_data.read_data(cfg, folder, grid)
-    model, dropout, _ = setup.build_model(cfg, folder, setup.find_init_adapter(cfg, folder, identity))
+    model, dropout, _ = setup.build_model(cfg, folder, setup.find_init_adapter(cfg, folder, identity), resume)
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
-    if randomise and cfg.method != "full" and cfg.init_adapter is None:
+    if resume is not None:
+        checkpoint.restore(job.engine, resume, checkpoint.read_state(resume), job.key)
+    elif randomise and cfg.method != "full" and cfg.init_adapter is None:
         parts = job.engine.parts()
         values = random_factors({p.name: p.whole_shape for p in parts})
         zeros = {name: torch.zeros_like(value) for name, value in values.items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_scale.adapters import marks
 
 
-class _FrozenMatmul(torch.autograd.Function):
+class FrozenMatmul(torch.autograd.Function):
     """y = x W^T + b for W (out, in), or x W + b for a Conv1D's W (in, out); gradient for x only."""
 
     @staticmethod
@@ -50,7 +50,7 @@ class FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or not input.requires_grad:
             return F.linear(input, self.weight, self.bias)
-        return _FrozenMatmul.apply(input, self.weight, self.bias, False)
+        return FrozenMatmul.apply(input, self.weight, self.bias, False)
 
 
 class FrozenConv1D(nn.Module):
@@ -60,7 +60,7 @@ class FrozenConv1D(nn.Module):
     bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FrozenMatmul.apply(x, self.weight, self.bias, True)
+        return FrozenMatmul.apply(x, self.weight, self.bias, True)
 
 
 def freeze_linears(model: nn.Module) -> int:

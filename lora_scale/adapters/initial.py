@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from lora_scale.adapters import peft
 from lora_scale.adapters.lora import LoRALinear
-from lora_scale.adapters.peft import Adapter
+from lora_scale.adapters.peft import OTHERS, Adapter
 from lora_scale.adapters.targets import exact_suffixes
 from lora_scale.spec.errors import CheckpointError
 
@@ -17,8 +19,10 @@ def start_from(path: Path, layers: Mapping[str, LoRALinear]) -> None:
     scaling differ.
     """
     adapter = peft.read_adapter(path)
+    if adapter.others:
+        raise CheckpointError(f"init_adapter is {path}, which {OTHERS}; only factors can be started from")
     try:
-        peft.load_factors(layers, adapter)
+        load_factors(layers, adapter)
         for name, layer in layers.items():
             if layer.scaling != adapter.scaling(name):
                 raise CheckpointError(
@@ -26,6 +30,24 @@ def start_from(path: Path, layers: Mapping[str, LoRALinear]) -> None:
                 )
     except CheckpointError as error:
         raise CheckpointError(f"init_adapter is {path}, but {error}; it was made with {_section(adapter)}") from error
+
+
+def load_factors(adapted: Mapping[str, LoRALinear], adapter: Adapter) -> None:
+    """Copy an adapter into a model; its modules and shapes must be the model's, all of them."""
+    missing = sorted(adapted.keys() - set(adapter.modules))
+    unexpected = sorted(set(adapter.modules) - adapted.keys())
+    for names, what in ((missing, "lacks"), (unexpected, "has factors for what is no adapted layer here:")):
+        if names:
+            counts = f"{len(missing)} missing, {len(unexpected)} unexpected of {len(adapted)}"
+            raise CheckpointError(f"the adapter {what} {names[0]} ({counts})")
+    for module, layer in adapted.items():
+        for key, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            factor = adapter.factors[f"{module}.{key}"]
+            if factor.shape != parameter.shape:
+                ours = tuple(parameter.shape)
+                raise CheckpointError(f"the adapter's {module}.{key} is {tuple(factor.shape)}, this model's {ours}")
+            with torch.no_grad():
+                parameter.copy_(factor)
 
 
 def _section(adapter: Adapter) -> str:

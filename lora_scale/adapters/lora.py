@@ -10,9 +10,10 @@ it casts x to fp32 instead and multiplies there, which costs several times more 
 
 import math
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.adapters import lean
@@ -56,12 +57,37 @@ class LoRALinear(nn.Module):
         # fp32: bf16 loses small updates. CPU: the base may be on meta, the factors are real from the start.
         self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, dtype=torch.float32, device="cpu"))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device="cpu"))  # (out, r)
+        # Where training began, if not at zero (`adapters.principal`): the update is B A - start_B start_A. Buffers:
+        # ZeRO-3 leaves them whole on every rank.
+        self.start_A: Tensor | None
+        self.start_B: Tensor | None
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+        self.whole_start: tuple[Tensor, Tensor] | None = None  # on the rank that writes checkpoints, on the CPU
+
+    def begin_at(self, a: Tensor, b: Tensor, *, keep_whole: bool) -> None:
+        """Begin at these whole factors, with an update of exactly zero."""
+        with torch.no_grad():
+            self.lora_A.copy_(a)
+            self.lora_B.copy_(b)
+        self.start_A, self.start_B = a.clone(), b.clone()
+        self.whole_start = (a, b) if keep_whole else None
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        if self.start_A is None or self.start_B is None:
+            return a, b
+        # one product of twice the rank: the large terms cancel in its accumulator, not between two rounded results
+        return torch.cat([a, self.start_A.to(dtype)]), torch.cat([b, -self.start_B.to(dtype)], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
         if self.context is not None and self.dropout > 0.0 and self.training:
             x = lean.dropped(x, self._drop)
-        return updated(y, x, self.lora_A, self.lora_B, self.scaling)
+        if self.start_A is None:
+            return updated(y, x, self.lora_A, self.lora_B, self.scaling)
+        a, b = self._factors(x.dtype)
+        return y + F.linear(F.linear(x, a), b) * self.scaling
 
     def _drop(self, x: Tensor) -> Tensor:
         assert self.context is not None
@@ -69,11 +95,57 @@ class LoRALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """What merging adds to the base's weight, in the weight's own layout (Conv1D: (in, out)), fp32."""
-        delta = (self.lora_B @ self.lora_A) * self.scaling
+        a, b = self._factors(torch.float32)
+        delta = (b @ a) * self.scaling
         return delta if isinstance(self.base_layer, nn.Linear) else delta.T
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, dropout={self.dropout}"
+
+
+class DoRALinear(LoRALinear):
+    """DoRA (https://arxiv.org/abs/2402.09353): each row of W + scaling * B A is brought to a length that trains.
+
+    y = m / n * (W x + scaling * B A x) + bias, n the rows' present lengths, constant to autograd as in the paper's
+    section 4.3. n^2 = |w|^2 + 2 s b (W A^T) + s^2 b (A A^T) b^T, row by row: no update as large as W is formed. The
+    forward reads the base layer's weight beside it, so under ZeRO-3 both must be gathered as one.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str, **options: Any) -> None:
+        super().__init__(base_layer, name, **options)
+        ones = torch.ones(self.out_features, dtype=torch.float32, device="cpu")
+        self.lora_magnitude_vector = nn.Parameter(ones)  # m, (out,); PEFT's name
+        self.squares: Tensor  # |w|^2 of the whole base's rows, (out,)
+        self.register_buffer("squares", ones.clone(), persistent=False)
+
+    def begin_at_norms(self, squares: Tensor) -> None:
+        """Begin at the base's own lengths; `squares` (out,), fp32, are theirs."""
+        self.squares = squares
+        with torch.no_grad():
+            self.lora_magnitude_vector.copy_(squares.sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        bias = self.base_layer.bias
+        plain = y if bias is None else y - bias.to(y.dtype)
+        a, b = self._factors(x.dtype)
+        ratio = self.lora_magnitude_vector / self._norms()
+        update = F.linear(F.linear(x, a), b) * self.scaling
+        return y + (ratio - 1).to(y.dtype) * plain + ratio.to(y.dtype) * update  # ratio is near 1: bf16 has no digits
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        weight = weight if isinstance(self.base_layer, nn.Linear) else weight.T
+        a, b, s = self.lora_A, self.lora_B, self.scaling
+        cross = (weight @ a.T.to(weight.dtype)).float()
+        return (self.squares + 2 * s * (cross * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)).sqrt()
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Squared lengths of the rows of a weight (out, in), fp32."""
+    return weight.float().square().sum(1)
 
 
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -102,8 +174,9 @@ def adapt(model: nn.Module, cfg: LoraConfig, seed: int, context: DropoutContext 
     model.requires_grad_(False)
     adapted = {}
     for name, (r, alpha) in targets.items():
-        layer = LoRALinear(
-            model.get_submodule(name),
+        base = model.get_submodule(name)
+        layer = (DoRALinear if cfg.use_dora else LoRALinear)(
+            base,
             name,
             r=r,
             lora_alpha=alpha,
@@ -113,6 +186,8 @@ def adapt(model: nn.Module, cfg: LoraConfig, seed: int, context: DropoutContext 
         )
         with torch.no_grad():
             layer.lora_A.copy_(draw_a(seed, name, r, layer.in_features, cfg.init_A))
+        if isinstance(layer, DoRALinear) and isinstance(base.weight, Tensor) and not base.weight.is_meta:
+            layer.begin_at_norms(row_squares(base.weight if isinstance(base, nn.Linear) else base.weight.T))
         layer.train(model.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_scale.adapters.peft import Adapter
+from lora_scale.adapters.peft import OTHERS, Adapter
 from lora_scale.adapters.targets import features, is_linear, refuse_tied_output
 from lora_scale.spec.errors import CheckpointError, ConfigError
 from lora_scale.spec.layout import ByteRange, TensorEntry
@@ -81,19 +81,9 @@ def plan(folder: ModelFolder, model: nn.Module, adapters: Sequence[tuple[Path, A
     updates: dict[str, list[Update]] = {}
     owners: dict[str, str] = {}
     for path, adapter, weight in adapters:
-        lost = [name for name in adapter.modules if name not in modules]
-        if lost:
-            raise CheckpointError(
-                f"{path} has factors for {lost[0]}, which {folder.path} does not have ({len(lost)} of "
-                f"{len(adapter.modules)} adapted layers are not in it); it belongs to another model"
-            )
-        try:
-            refuse_tied_output(model, modules, set(adapter.modules))
-        except ConfigError as error:
-            raise CheckpointError(f"{path} does not fit {folder.path}: {error}") from error
+        check_fits(path, adapter, model, folder)
         for name in adapter.modules:
             module = modules[name]
-            _check_module(path, adapter, name, module, folder)
             entry = _entry(folder, model, f"{name}.weight", module)
             if owners.setdefault(entry.name, name) != name:
                 raise CheckpointError(
@@ -105,6 +95,26 @@ def plan(folder: ModelFolder, model: nn.Module, adapters: Sequence[tuple[Path, A
             scale = weight * adapter.scaling(name)
             updates.setdefault(entry.name, []).append(Update(left, right, scale))
     return Plan(folder, updates)
+
+
+def check_fits(path: Path, adapter: Adapter, model: nn.Module, folder: ModelFolder) -> None:
+    """CheckpointError when an adapter is for a module that the model does not have, or for no linear layer of that
+    shape, or for an output layer that shares its weight with the input embedding. The model may be on meta."""
+    if adapter.others:
+        raise CheckpointError(f"{path} {OTHERS}; only plain LoRA is taken here: PEFT loads it")
+    modules = dict(model.named_modules())
+    lost = [name for name in adapter.modules if name not in modules]
+    if lost:
+        raise CheckpointError(
+            f"{path} has factors for {lost[0]}, which {folder.path} does not have ({len(lost)} of "
+            f"{len(adapter.modules)} adapted layers are not in it); it belongs to another model"
+        )
+    try:
+        refuse_tied_output(model, modules, set(adapter.modules))
+    except ConfigError as error:
+        raise CheckpointError(f"{path} does not fit {folder.path}: {error}") from error
+    for name in adapter.modules:
+        _check_module(path, adapter, name, modules[name], folder)
 
 
 def _check_module(path: Path, adapter: Adapter, name: str, module: nn.Module, folder: ModelFolder) -> None:

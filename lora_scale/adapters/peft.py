@@ -11,17 +11,19 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lora_scale.adapters import principal
 from lora_scale.adapters.lora import LoRALinear, scaling
 from lora_scale.adapters.targets import by_pattern, exact_suffixes, pattern_matches
 from lora_scale.spec.config import LoraConfig
 from lora_scale.spec.errors import CheckpointError, ModelError
+from lora_scale.spec.families import has_suffix
 from lora_scale.spec.layout import ByteRange
 from lora_scale.storage.durable import write_file
 from lora_scale.storage.weights import Reader, read_safetensors, write_safetensors
@@ -37,8 +39,14 @@ _PREFIX, _SUFFIX = "base_model.model.", ".weight"
 _FACTORS = (".lora_A", ".lora_B")
 _TORCH_DTYPES = dict(DTYPES.values())
 
+MAGNITUDE = "lora_magnitude_vector"
+OTHERS = "brings more than factors (DoRA, bias, modules_to_save)"
+
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_READ = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+_READ = (
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
+    *("modules_to_save", "use_dora"),
+)
 _NEUTRAL = (
     # Which modules are adapted is read from the tensors' names.
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -48,17 +56,21 @@ _NEUTRAL = (
 )
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
+    "bias": ("none", "lora_only", "all"),
     "init_lora_weights": (True, False, "gaussian", "eva"),  # pissa, olora, corda and loftq also change the base
 }
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder: adapter_config.json, and the factors by parameter name (<module>.lora_A)."""
+    """An adapter folder: adapter_config.json, and the factors by parameter name (<module>.lora_A).
+
+    `others` are DoRA's magnitudes and parts of the base that trained, by their names in an adapted model.
+    """
 
     config: dict[str, Any]
     factors: dict[str, Tensor]
+    others: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -92,13 +104,15 @@ class Adapter:
             alpha_pattern={pattern: float(alpha) for pattern, alpha in alpha_pattern.items()},
             use_rslora=bool(self.config.get("use_rslora")),
             init_A="gaussian" if self.config.get("init_lora_weights") == "gaussian" else "kaiming",
+            use_dora=bool(self.config.get("use_dora")),
+            bias=self.config.get("bias") or "none",
+            modules_to_save=tuple(self.config.get("modules_to_save") or ()),
         )
 
 
 def key(parameter: str) -> str:
-    """PEFT's name in files of the factor `<module>.lora_A` or `<module>.lora_B`."""
-    assert parameter.endswith(_FACTORS), parameter
-    return f"{_PREFIX}{parameter}{_SUFFIX}"
+    """PEFT's name in files of a factor, `<module>.lora_A` or `<module>.lora_B`, or of a part of the base."""
+    return f"{_PREFIX}{parameter}{_SUFFIX if parameter.endswith(_FACTORS) else ''}"
 
 
 def adapter_config(
@@ -106,6 +120,7 @@ def adapter_config(
 ) -> dict[str, Any]:
     """The content of adapter_config.json for a model after `adapt`; PEFT adapts exactly the same modules by it."""
     modules = [name for name, _ in model.named_modules() if not name.endswith(".base_layer")]
+    cfg = principal.widened_config(cfg)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -120,11 +135,11 @@ def adapter_config(
         "rank_pattern": dict(cfg.rank_pattern),
         "alpha_pattern": {pattern: _short(alpha) for pattern, alpha in cfg.alpha_pattern.items()},
         "use_rslora": cfg.use_rslora,
-        "use_dora": False,
-        "bias": "none",
+        "use_dora": cfg.use_dora,
+        "bias": cfg.bias,
         "fan_in_fan_out": any(not isinstance(layer.base_layer, nn.Linear) for layer in adapted.values()),
         "init_lora_weights": "gaussian" if cfg.init_A == "gaussian" else True,
-        "modules_to_save": None,
+        "modules_to_save": list(cfg.modules_to_save) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
@@ -179,7 +194,7 @@ def read_adapter(folder: Path) -> Adapter:
         factors = {}
         with Reader() as reader:
             for stored, entry in entries.items():
-                name = _parameter(path, stored)
+                name = _parameter(path, stored, config)
                 if entry.dtype not in _TORCH_DTYPES:
                     raise CheckpointError(f"{path}: {stored} is {entry.dtype}; only F32, BF16 and F16 are read")
                 factor = torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
@@ -190,8 +205,15 @@ def read_adapter(folder: Path) -> Adapter:
                 factors[name] = factor
     except ModelError as error:
         raise CheckpointError(str(error)) from error
+    others = {name: factors.pop(name) for name in list(factors) if not name.endswith(_FACTORS)}
     _check_pairs(path, config, factors)
-    return Adapter(config, factors)
+    modules = [name.rpartition(".")[0] for name in factors]
+    if config.get("use_dora") and (bare := [name for name in modules if f"{name}.{MAGNITUDE}" not in others]):
+        raise CheckpointError(f"{path} lacks {key(bare[0])}.{MAGNITUDE}, and {CONFIG_FILE} says use_dora")
+    for module in config.get("modules_to_save") or ():
+        if not any(has_suffix(name.rpartition(".")[0], (module,)) for name in others):
+            raise CheckpointError(f"{path} lacks {module}, which {CONFIG_FILE} has in modules_to_save")
+    return Adapter(config, factors, others)
 
 
 def base_fingerprint(folder: Path) -> str | None:
@@ -237,12 +259,15 @@ def _check_number(path: Path, name: str, value: Any, kinds: tuple[type, ...]) ->
         raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive number")
 
 
-def _parameter(path: Path, stored: str) -> str:
-    name = stored.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-    if not name.endswith(_FACTORS) or f"{_PREFIX}{name}{_SUFFIX}" != stored:
-        raise CheckpointError(
-            f"{path}: {stored} is no factor of a linear layer's LoRA; such an adapter is not read here"
-        )
+def _parameter(path: Path, stored: str, config: Mapping[str, Any]) -> str:
+    name = stored.removeprefix(_PREFIX)
+    module, _, leaf = name.rpartition(".")
+    more = ["bias"] * (config.get("bias", "none") != "none") + [MAGNITUDE] * bool(config.get("use_dora"))
+    if key(name) == stored and (leaf in more or has_suffix(module, tuple(config.get("modules_to_save") or ()))):
+        return name
+    name = name.removesuffix(_SUFFIX)
+    if not name.endswith(_FACTORS) or key(name) != stored:
+        raise CheckpointError(f"{path}: {stored} is no factor of a linear layer's LoRA; it is not read here")
     return name
 
 
@@ -260,24 +285,6 @@ def _check_pairs(path: Path, config: Mapping[str, Any], factors: Mapping[str, Te
             raise CheckpointError(
                 f"{path}: {key(name)} has shape {tuple(factor.shape)}, but {CONFIG_FILE} gives {module} r = {r}"
             )
-
-
-def load_factors(adapted: Mapping[str, LoRALinear], adapter: Adapter) -> None:
-    """Copy an adapter into a model; its modules and shapes must be the model's, all of them."""
-    missing = sorted(adapted.keys() - set(adapter.modules))
-    unexpected = sorted(set(adapter.modules) - adapted.keys())
-    for names, what in ((missing, "lacks"), (unexpected, "has factors for what is no adapted layer here:")):
-        if names:
-            counts = f"{len(missing)} missing, {len(unexpected)} unexpected of {len(adapted)}"
-            raise CheckpointError(f"the adapter {what} {names[0]} ({counts})")
-    for module, layer in adapted.items():
-        for suffix, parameter in zip(_FACTORS, (layer.lora_A, layer.lora_B), strict=True):
-            factor = adapter.factors[module + suffix]
-            if factor.shape != parameter.shape:
-                ours = tuple(parameter.shape)
-                raise CheckpointError(f"the adapter's {module}{suffix} is {tuple(factor.shape)}, this model's {ours}")
-            with torch.no_grad():
-                parameter.copy_(factor)
 
 
 def public_name(path: str) -> str:

@@ -75,7 +75,7 @@ def command(
     on = _base(found, adapter, base, base_name)
     config = adapter.config | {"base_model_name_or_path": on.name, "revision": on.revision}
     with disk_errors(f"{out} was not written"), whole_directory(out) as partial:
-        peft.write_adapter(partial, adapter.factors, config, dtype, found.base_fingerprint)
+        peft.write_adapter(partial, adapter.factors | adapter.others, config, dtype, found.base_fingerprint)
         for name, file in companions.of_tokenizer(found.path).items():
             write_file(partial / name, [file.read_bytes()])
         write_file(partial / "README.md", [_card(found, on.name, config).encode()])

@@ -201,7 +201,7 @@ def _run(
     if _is_over(cfg, seen):
         screen.line(f"finished already, at step {step}: {_no_better(seen)}; a larger early_stop.patience goes on")
         return
-    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start))
+    model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start, resume))
     on_rank_zero(lambda: _check_space(cfg, setup.count(model)))
     limit = fits.device_gib(here.device)
     cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, asked.ignore_plan))
@@ -269,9 +269,9 @@ def _loop(
         for text in slow:
             screen.line(text)
         if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
-            row["val_loss"] = val_loss = engine.evaluate(data.validation)
+            row |= job.evaluate(done)
             away += time.perf_counter() - now
-            seen = seen.after(done, val_loss)
+            seen = seen.after(done, val_loss := row["val_loss"])
         ends = done == total or result.stop or _is_over(cfg, seen)
         best = cfg.save.best is not None and seen.is_best(done)
         last = ends and (cfg.save.last or done < total)
@@ -464,7 +464,7 @@ def _open_log(job: Job, config: Path, step: int, planned: dict[str, Any], loadin
             "command": provenance.command(),
             "commit": provenance.commit(),
             "versions": provenance.versions(),
-            "hardware": setup.hardware(job.world),
+            "hardware": world.hardware(job.world),
             "ranks": job.world.size,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_step": step,

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_scale.adapters import peft
+from lora_scale.adapters import peft, principal
+from lora_scale.adapters.lora import adapted_layers
 from lora_scale.parallel import masters
 from lora_scale.parallel.engine import Engine
 from lora_scale.parallel.world import on_every_rank, on_rank_zero
@@ -67,11 +68,13 @@ def save(
     if not found or (empty := [p.name for p in found if 0 in p.shape]):
         what = f"{empty[0]} and {len(empty) - 1} others have no elements" if found else "nothing trains"
         raise TrainingError(f"step {state.step}: {final} is not written: {what}")
-    specs = [(key(p.name), "F32", p.whole_shape) for p in found]
-    moments = [(f"{name}.{moment}", dtype, shape) for moment in masters.MOMENTS for name, dtype, shape in specs]
+    layers = adapted_layers(engine.module)
+    specs = [(key(p.name), "F32", principal.widened_shape(layers, p.name, p.whole_shape)) for p in found]
+    moments = [(f"{key(p.name)}.{moment}", "F32", p.whole_shape) for moment in masters.MOMENTS for p in found]
 
     def values() -> Iterator[Tensor | None]:
-        yield from (tensor for _, tensor in masters.gather(engine.ds, found, masters.VALUE))
+        for name, tensor in masters.gather(engine.ds, found, masters.VALUE):
+            yield None if tensor is None else principal.widened(layers, name, tensor)
 
     def both_moments() -> Iterator[Tensor | None]:
         for moment in masters.MOMENTS:
@@ -145,14 +148,15 @@ def restore(engine: Engine, path: Path, state: State, key: Callable[[str], str])
     Every rank reads the files; where a host does not see them, the first rank reads them for all.
     """
 
-    found = engine.parts()
+    found, layers = engine.parts(), adapted_layers(engine.module)
 
     def read() -> dict[str, dict[str, Tensor]]:
         shapes = {p.name: p.whole_shape for p in found}
-        weights = _read(path / WEIGHTS[state.method], {key(name): shape for name, shape in shapes.items()})
+        stored = {key(name): principal.widened_shape(layers, name, shape) for name, shape in shapes.items()}
+        weights = _read(path / WEIGHTS[state.method], stored)
         wanted = {f"{key(name)}.{moment}": shape for moment in masters.MOMENTS for name, shape in shapes.items()}
         moments = _read(path / OPTIMIZER, wanted)
-        values = {masters.VALUE: {name: weights[key(name)] for name in shapes}}
+        values = {masters.VALUE: {name: principal.narrowed(layers, name, weights[key(name)]) for name in shapes}}
         return values | {m: {name: moments[f"{key(name)}.{m}"] for name in shapes} for m in masters.MOMENTS}
 
     seen = torch.tensor(float((path / STATE).is_file()), device=engine.world.device)

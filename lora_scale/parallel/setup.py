@@ -11,19 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lora_scale.adapters import baselines, initial, peft
+from lora_scale.adapters import baselines, initial, peft, trained
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
 from lora_scale.adapters.lean import make_lean
 from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.marks import share_inputs
 from lora_scale.adapters.targets import fused_notes
-from lora_scale.parallel import flat, load, recompute, source, tensor_parallel, transport, zero3
+from lora_scale.parallel import flat, load, principal, recompute, samples, source, tensor_parallel, transport, zero3
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import Engine, ds_config
 from lora_scale.parallel.gathering import Gathering
 from lora_scale.parallel.grid import Grid
+from lora_scale.parallel.samples import Samples
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, cost, shapes, splits
 from lora_scale.spec import hardware as gpus
@@ -67,6 +68,14 @@ class Job:
     loaded: load.Loaded
     parameters: Parameters
     work: Work
+    samples: Samples | None = None
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """The columns of a step's row that an evaluation gives: the validation loss, and scores of what is written."""
+        row: dict[str, Any] = {"val_loss": self.engine.evaluate(self.data.validation)}
+        if self.samples:
+            row["generated"] = samples.write(self.samples, self.engine.module, self.engine.grid, self.cfg.run_dir, step)
+        return row
 
     def state(self, step: int, tokens_seen: int) -> State:
         """What a checkpoint after `step` steps says of this run."""
@@ -127,11 +136,12 @@ def find_init_adapter(cfg: RunConfig, folder: ModelFolder, identity: str) -> Pat
 
 
 def build_model(
-    cfg: RunConfig, folder: ModelFolder, start: Path | None = None
+    cfg: RunConfig, folder: ModelFolder, start: Path | None = None, resume: Path | None = None
 ) -> tuple[nn.Module, DropoutContext | None, list[str]]:
     """The model on meta with its trainable parts marked: adapters put in, or the whole base; and notes for the user.
 
-    `start` is an adapter folder whose factors are taken in place of drawn ones.
+    `start` is an adapter folder whose factors are taken in place of drawn ones, `resume` the checkpoint that the run
+    goes on from. Collective over all ranks.
     """
     model = load.empty(folder, cfg)
     if cfg.kernels == "auto":
@@ -146,9 +156,22 @@ def build_model(
     dropout = DropoutContext(cfg.seed) if cfg.lora.dropout else None
     notes = fused_notes(model, cfg.lora)
     layers = adapt(model, cfg.lora, cfg.seed, dropout)
+    trained.mark(model, cfg.lora, layers)
     if start is not None:
         initial.start_from(start, layers)
         notes.append(f"starts from the factors of {start}")
+    if cfg.lora.use_dora:
+        inside = {id(module) for layer in recompute.decoder_layers(model) for module in layer.modules()}
+        if outside := [name for name, layer in layers.items() if id(layer) not in inside]:
+            raise ConfigError(
+                f"lora.use_dora is true, but {outside[0]} is in no decoder layer; leave it out of targets"
+            )
+        principal.norms(model, layers, folder)
+    if cfg.lora.pissa is not None:
+        began = time.perf_counter()
+        principal.start(cfg, model, layers, folder, resume)
+        what = "taken from the checkpoint" if resume else f"found in {time.perf_counter() - began:.1f} s"
+        notes.append(f"starts at the principal components of {len(layers)} weights, {what}")
     freeze_linears(model)
     return model, dropout, notes
 
@@ -165,6 +188,7 @@ def start_engine(
 ) -> Job:
     """Fill the model, every rank its own bytes, and hand it to DeepSpeed."""
     world = grid.world
+    found = samples.read(cfg, folder, grid)
     parameters = count(model)
     cuts = on_every_rank(lambda: cut(cfg, model, folder, grid))
     if cfg.kernels == "auto":
@@ -187,7 +211,7 @@ def start_engine(
         model.gathering = Gathering(partitioner)  # type: ignore[assignment]
     elif partitioner and cfg.method == "lora":
         group = grid.own_group if keeps_adapters_whole(cfg, parameters.trainable) else grid.dp_group
-        for p in filter(lambda p: p.requires_grad, model.parameters()):
+        for p in filter(lambda p: p.requires_grad and not zero3.is_partitioned(p), model.parameters()):
             zero3.partition_over(p, group)
     model.to(world.device)  # the adapters; what was filled is there already
     screen.line(
@@ -201,7 +225,7 @@ def start_engine(
         )
     engine = Engine(model, cfg, grid, config, dropout, cuts)
     work = work_of(cfg, folder, parameters, data, world)
-    return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work)
+    return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work, found)
 
 
 def _partitioner(
@@ -266,21 +290,3 @@ def _load_bar(screen: Console) -> Callable[[int, int], None]:
         screen.live(lambda: f"loading  {bar(done, total)} {size(done)} of {size(total)} a rank, {size(rate)}/s")
 
     return show
-
-
-def hardware(world: World) -> dict[str, Any]:
-    """What the run runs on, for the manifest."""
-    found: dict[str, Any] = {
-        "device": "cpu",
-        "ranks": world.size,
-        "launcher": world.launcher,
-        "threads": torch.get_num_threads(),
-    }
-    if world.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(world.device)
-        found |= {
-            "device": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-        }
-    return found

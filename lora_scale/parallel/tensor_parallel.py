@@ -111,10 +111,12 @@ def _last_norm(model: nn.Module) -> nn.Module:
 def _cut_adapters(model: nn.Module, factors: Mapping[str, Split], grid: Grid) -> None:
     with torch.no_grad():
         for name, layer in adapted_layers(model).items():
-            for key in ("lora_A", "lora_B"):
+            for key, start in (("lora_A", "start_A"), ("lora_B", "start_B")):
                 if (split := factors.get(f"{name}.{key}")) is not None:
                     factor = getattr(layer, key)
                     factor.data = cut(factor.data, split, grid.tp_rank, grid.tp_size)
+                    if (began := getattr(layer, start)) is not None:
+                        setattr(layer, start, cut(began, split, grid.tp_rank, grid.tp_size))
             if (split := factors.get(f"{name}.lora_A")) is not None:
                 layer.first_feature = split.spans(layer.in_features, grid.tp_rank, grid.tp_size)[0][0]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_scale.adapters import peft
+from lora_scale.adapters import initial, peft
 from lora_scale.adapters.lora import adapt
 from lora_scale.adapters.peft import Adapter
+from lora_scale.adapters.trained import restore
 from lora_scale.storage.folder import ModelFolder
 
 SHAPE = (2, 32)  # sequences, tokens
@@ -71,12 +72,16 @@ def compare(base: Path, exported: Path, trained: Adapter, dtype: str, trust_remo
         ids = torch.randint(model.config.vocab_size, SHAPE, generator=torch.Generator().manual_seed(0))
         plain = _logits(model, ids)
         layers = adapt(model, trained.lora_config(), seed=0)
-        peft.load_factors(layers, trained)
+        initial.load_factors(layers, trained)
+        before = {name: p.clone() for name, p in model.named_parameters() if name in trained.others}
+        restore(model, trained.others)
         exact = _logits(model, ids)
         for layer in layers.values():
             for factor in (layer.lora_A, layer.lora_B):
                 factor.data = factor.data.to(peft.DTYPES[dtype][1]).float()
+        restore(model, {name: value.to(peft.DTYPES[dtype][1]).float() for name, value in trained.others.items()})
         ours = _logits(model, ids)
+        restore(model, before)
         for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)

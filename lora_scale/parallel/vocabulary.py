@@ -1,12 +1,15 @@
-"""Cross-entropy of logits that are cut along the vocabulary over a group: no rank ever holds a whole row of them."""
+"""Logits that are cut along the vocabulary over a group. For their cross-entropy no rank ever holds a whole row of
+them; for generation, which asks for one position at a time, each gets it."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_scale.parallel.clock import exposed
+from lora_scale.spec.splits import Part
 
 IGNORED = -100  # a label that carries no loss, as in torch and transformers
 
@@ -50,3 +53,18 @@ def cross_entropy(logits: Tensor, labels: Tensor, first: int, group: Any) -> Ten
     `logits` (rows, this rank's tokens) are those of the tokens from `first` on; `labels` (rows) count whole.
     """
     return _CutCrossEntropy.apply(logits, labels, first, group)
+
+
+def gather(logits: Tensor, tokens: int, group: Any) -> Tensor:
+    """Logits (..., this rank's tokens) of every rank of the group, whole: (..., tokens), the same on each.
+
+    The parts differ in size where the vocabulary does not divide, so they travel padded to the largest.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    spans = [Part(tokens).span(number, ranks) for number in range(ranks)]
+    widest = max(stop - start for start, stop in spans)
+    assert logits.shape[-1] == spans[rank][1] - spans[rank][0], (logits.shape, spans[rank])
+    own = F.pad(logits, (0, widest - logits.shape[-1])).contiguous()
+    parts = [torch.empty_like(own) for _ in spans]
+    dist.all_gather(parts, own, group=group)
+    return torch.cat([part[..., : stop - start] for part, (start, stop) in zip(parts, spans, strict=True)], -1)

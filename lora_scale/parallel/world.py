@@ -162,3 +162,21 @@ def on_every_rank(fn: Callable[[], T]) -> T:
 
 def _travels(error: Exception) -> bool:
     return isinstance(error, LoraScaleError)
+
+
+def hardware(here: World) -> dict[str, Any]:
+    """What the run runs on, for the manifest."""
+    found: dict[str, Any] = {
+        "device": "cpu",
+        "ranks": here.size,
+        "launcher": here.launcher,
+        "threads": torch.get_num_threads(),
+    }
+    if here.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(here.device)
+        found |= {
+            "device": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+    return found

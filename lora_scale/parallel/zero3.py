@@ -82,6 +82,11 @@ def _around(function: Callable[..., Any], during: Callable[[], AbstractContextMa
     return wrapped
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether it is a ZeRO-3 parameter already."""
+    return hasattr(parameter, "ds_id")
+
+
 def group_size(parameter: nn.Parameter) -> int:
     """How many ranks share the partitions of a ZeRO-3 parameter."""
     return parameter.ds_zero_partition_world_size  # type: ignore[attr-defined]

@@ -3,75 +3,44 @@
 Reading YAML, overrides and the wording of errors are `spec.configfile`'s.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from lora_scale.spec import consistency
-
-
-class Section(BaseModel):
-    """Frozen; unknown keys and silent conversions ("8" for 8, "off" for false) are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-PathValue = Annotated[Path, Field(strict=False)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]
-
-
-class ModelConfig(Section):
-    """The base model."""
-
-    path: str
-    """Folder with `config.json` and safetensors files, or a name on the hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; ignored for a folder."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Read that code first."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation, by transformers' names."""
-    dropout: Fraction = 0.0
-    """Dropout probability of the base's own layers. Not the adapter's: that is `lora.dropout`."""
-
-
-class LoraConfig(Section):
-    """The adapter; used when `method` is `lora`."""
-
-    r: Positive = 8
-    """Rank of the update (PEFT: r)."""
-    lora_alpha: PositiveFloat = 16.0
-    """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
-    dropout: Fraction = 0.0
-    """Dropout probability on the adapter's input (PEFT: lora_dropout)."""
-    target_modules: Names = ("q", "v")
-    """Which linear layers are adapted. Roles (`q`, `k`, `v`, `o`, `mlp`, `all-linear`), names as in the model
-    (`q_proj`), or
-    regular expressions that must match a whole module name (`re:.*layers\\.[0-3]\\..*q_proj`)."""
-    rank_pattern: dict[str, Positive] = {}
-    """Another r for the modules whose name matches a pattern (PEFT: rank_pattern)."""
-    alpha_pattern: dict[str, PositiveFloat] = {}
-    """Another lora_alpha for the modules whose name matches a pattern (PEFT: alpha_pattern)."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r): https://arxiv.org/abs/2312.03732."""
-    init_A: Literal["kaiming", "gaussian"] = "kaiming"
-    """Distribution of A at the start: PEFT's default, or the paper's Gaussian (standard deviation 1/r, as PEFT's). B
-    starts at zero."""
-
-
-class BaselineConfig(Section):
-    """The other methods of the LoRA paper's Table 4; used when `method` is one of them."""
-
-    prefix_tokens: Positive = 16
-    """`preembed` and `prelayer`: positions with trained vectors before each document. They count in `data.seq_len`."""
-    bottleneck: Positive = 8
-    """`adapter-h` and `adapter-l`: features between the two matrices of a bottleneck (the paper's r)."""
+from lora_scale.spec.sections import (
+    BaselineConfig as BaselineConfig,
+)
+from lora_scale.spec.sections import (
+    Fraction as Fraction,
+)
+from lora_scale.spec.sections import (
+    LoraConfig as LoraConfig,
+)
+from lora_scale.spec.sections import (
+    ModelConfig as ModelConfig,
+)
+from lora_scale.spec.sections import (
+    Names as Names,
+)
+from lora_scale.spec.sections import (
+    NonNegative as NonNegative,
+)
+from lora_scale.spec.sections import (
+    NonNegativeFloat as NonNegativeFloat,
+)
+from lora_scale.spec.sections import (
+    PathValue as PathValue,
+)
+from lora_scale.spec.sections import (
+    Positive as Positive,
+)
+from lora_scale.spec.sections import (
+    PositiveFloat as PositiveFloat,
+)
+from lora_scale.spec.sections import (
+    Section as Section,
+)
 
 
 class Source(Section):
@@ -103,7 +72,7 @@ class DataConfig(Section):
     {"instruction", "output"}, {"text"} or {"input_ids"}."""
     validation: PathValue | float | None = None
     """Another file, or a fraction of the training rows (0.02), or nothing: then no validation loss."""
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Other names of what a row holds, ours first: {prompt: question, completion: answer}."""
     seq_len: Positive = 1024
     """Tokens a block. A longer row is cut, counted and reported."""
@@ -159,6 +128,13 @@ class EvalConfig(Section):
     """Steps between evaluations; 0: before the first step and after the last only."""
     max_blocks: Positive | None = None
     """Evaluate on at most so many validation blocks."""
+    generate: PathValue | None = None
+    """Rows to be continued, greedily, at each evaluation after the first step: a file in any form of `data.train`. What
+    is written goes to `generated/` in the run directory, its scores to metrics.jsonl."""
+    generate_rows: Positive = 8
+    """Use the first so many of them."""
+    max_new_tokens: Positive = 64
+    """Tokens of a completion at most."""
 
 
 class SaveConfig(Section):
@@ -225,7 +201,7 @@ class MemoryConfig(Section):
 class EngineConfig(Section):
     """What goes past this config."""
 
-    deepspeed: PathValue | dict[str, Any] = {}
+    deepspeed: PathValue | dict[str, Any] = {}  # noqa: RUF012
     """Further keys of DeepSpeed's configuration, or the path of a JSON file with them. A key that this config owns is
     refused by name; the whole of it, as used, is `deepspeed.json` in the run directory."""
 

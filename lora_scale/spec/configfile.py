@@ -52,7 +52,16 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     All mistakes are named in one ConfigError, a line each. A relative path in a config starts at the current directory,
     as on the command line, not at the config's folder; `~/` is the home folder.
     """
-    tree = _mapping(_parse(_read(Path(path)), str(path)), str(path))
+    return _checked(_mapping(_parse(_read(Path(path)), str(path)), str(path)), overrides)
+
+
+def of_model(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a model alone: what a run needs beside it has values that nothing reads."""
+    unused = {"data": {"train": "-"}, "run_dir": "-", "train": {"max_steps": 1}}
+    return _checked({"model": {"path": path}, **unused}, overrides)
+
+
+def _checked(tree: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     errors = [error for override in overrides for error in _override(tree, override)]
     values, strange, broken = _sorted_out(tree)
     errors += strange

@@ -20,6 +20,7 @@ def _check_run(cfg: "RunConfig") -> None:
         raise ValueError("train.epochs or train.max_steps must be given; for example train.epochs=1")
     if cfg.init_adapter is not None and cfg.method != "lora":
         raise ValueError(f"init_adapter is {cfg.init_adapter}, but method is {cfg.method}; leave one out")
+    _check_lora(cfg)
     if cfg.train.loraplus_lr_ratio != 1.0 and cfg.method != "lora":
         raise ValueError(f"train.loraplus_lr_ratio is {cfg.train.loraplus_lr_ratio}, but method is {cfg.method}")
     if isinstance(cfg.data.validation, float) and not 0.0 < cfg.data.validation < 1.0:
@@ -36,9 +37,65 @@ def _check_run(cfg: "RunConfig") -> None:
         )
     if isinstance(cfg.engine.deepspeed, dict) and (told := refused(cfg.engine.deepspeed)):
         raise ValueError("\n".join(told))
+    if cfg.eval.generate is not None:
+        _check_generate(cfg)
     if cfg.data.validation is None and (cfg.save.best or cfg.early_stop.patience):
         key = "save.best" if cfg.save.best else "early_stop.patience"
         raise ValueError(f"{key} needs a validation loss; set data.validation, for example to 0.02")
+
+
+def _check_generate(cfg: "RunConfig") -> None:
+    if cfg.data.validation is None:
+        raise ValueError("eval.generate goes with evaluations; set data.validation, for example to 0.02")
+    if cfg.parallel.sequence_parallel:
+        raise ValueError(
+            "eval.generate is set and parallel.sequence_parallel is true: one new token cannot be shared by the ranks; "
+            "leave one out"
+        )
+    if cfg.method in ("preembed", "prelayer"):
+        raise ValueError(f"eval.generate is set and method is {cfg.method}, whose prompts are not built; leave one out")
+
+
+def _check_lora(cfg: "RunConfig") -> None:
+    lora = cfg.lora
+    if lora.pissa is not None and cfg.init_adapter is not None:
+        raise ValueError(
+            f"lora.pissa is {lora.pissa} and init_adapter is {cfg.init_adapter}: both say where to start; leave one out"
+        )
+    if lora.use_dora:
+        _check_dora(cfg)
+    trains_base = f"lora.bias is {lora.bias}" if lora.bias != "none" else "lora.modules_to_save is set"
+    if lora.bias != "none" or lora.modules_to_save:
+        if cfg.parallel.tensor_parallel_size > 1:
+            raise ValueError(
+                f"{trains_base} and parallel.tensor_parallel_size is {cfg.parallel.tensor_parallel_size}: parts of the "
+                "base train under ZeRO alone; set parallel.tensor_parallel_size=1"
+            )
+        if cfg.parallel.base_sharding == "node" or cfg.parallel.adapter_sharding == "replicate":
+            raise ValueError(
+                f"{trains_base}, which ZeRO partitions over all ranks; leave parallel.base_sharding and "
+                "parallel.adapter_sharding at their defaults"
+            )
+    if lora.pissa is not None and lora.dropout:
+        raise ValueError(
+            f"lora.pissa is {lora.pissa} and lora.dropout is {lora.dropout}, which would drop principal components of "
+            "the base; set lora.dropout=0"
+        )
+
+
+def _check_dora(cfg: "RunConfig") -> None:
+    if cfg.parallel.tensor_parallel_size > 1:
+        raise ValueError(
+            f"lora.use_dora is true and parallel.tensor_parallel_size is {cfg.parallel.tensor_parallel_size}: a row's "
+            "length is not known to one rank; set parallel.tensor_parallel_size=1"
+        )
+    for key, value in (("pissa", cfg.lora.pissa), ("dropout", cfg.lora.dropout or None)):
+        if value is not None:
+            raise ValueError(f"lora.use_dora is true and lora.{key} is {value}, which do not go together here")
+    if cfg.init_adapter is not None:
+        raise ValueError(
+            f"lora.use_dora is true and init_adapter is {cfg.init_adapter}: only factors can be started from"
+        )
 
 
 def _check_parallel(cfg: "RunConfig") -> None:

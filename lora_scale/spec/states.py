@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from lora_scale.spec import baselines
-from lora_scale.spec.architecture import Architecture, layer_of
+from lora_scale.spec.architecture import Architecture, Parameter, layer_of
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.cost import ADAM, FP32, ITEMSIZE, Shape, numel, reduce_bucket
 from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.families import has_suffix
 from lora_scale.spec.layout import flat_bytes, flat_piece
 from lora_scale.spec.splits import Split, factor_splits, splits
 from lora_scale.spec.targets import ranks as adapter_ranks
@@ -72,7 +73,9 @@ def grid_of(model: Architecture, cfg: RunConfig, ranks: int, gpus_per_node: int 
 
 def keeps_base_flat(cfg: RunConfig) -> bool:
     """Whether the frozen base is kept in flat pieces of our own (`parallel.flat`), not by DeepSpeed's ZeRO-3."""
-    return cfg.parallel.zero_stage == 3 and cfg.method != "full" and cfg.parallel.base_engine == "flat"
+    if cfg.method == "full" or trains_of_base(cfg):
+        return False
+    return cfg.parallel.zero_stage == 3 and cfg.parallel.base_engine == "flat"
 
 
 def deepspeed_stage(cfg: RunConfig, trainable: int) -> int:
@@ -88,6 +91,8 @@ def keeps_adapters_whole(cfg: RunConfig, trainable: int) -> bool:
     cost 20 bytes a parameter there."""
     if cfg.parallel.zero_stage != 3 or not (cfg.method == "lora" or keeps_base_flat(cfg)):
         return False
+    if trains_of_base(cfg):
+        return False  # what trains of the base is partitioned, and everything with it
     if cfg.parallel.adapter_sharding == "auto":
         return 20 * trainable // cfg.parallel.tensor_parallel_size < 1 << 30
     return cfg.parallel.adapter_sharding == "replicate"
@@ -99,9 +104,32 @@ def frozen_units(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[list[
     if cfg.method == "full":
         return []
     cuts, units = splits(model, tp), dict[str, list[Shape]]()
+    trained = {p.name for p in trained_base(model, cfg)}
     for p in model.parameters:
-        units.setdefault(layer_of(p.name) or p.name, []).append(_largest(p.shape, cuts.get(p.name), tp))
+        if p.name not in trained:
+            units.setdefault(layer_of(p.name) or p.name, []).append(_largest(p.shape, cuts.get(p.name), tp))
     return list(units.values())
+
+
+def trains_of_base(cfg: RunConfig) -> bool:
+    """Whether parameters of the base train beside the factors."""
+    return cfg.method == "lora" and (cfg.lora.bias != "none" or bool(cfg.lora.modules_to_save))
+
+
+def trained_base(model: Architecture, cfg: RunConfig) -> list[Parameter]:
+    """What of the base trains beside the factors (`lora.bias`, `lora.modules_to_save`)."""
+    if not trains_of_base(cfg):
+        return []
+    biased = {
+        "none": (),
+        "lora_only": adapter_ranks(model, cfg.lora).keys(),
+        "all": {p.module for p in model.parameters},
+    }[cfg.lora.bias]
+    return [
+        p
+        for p in model.parameters
+        if has_suffix(p.module, cfg.lora.modules_to_save) or (p.name.endswith(".bias") and p.module in biased)
+    ]
 
 
 def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Shape]:
@@ -117,7 +145,8 @@ def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Sha
         d_in, d_out = linear.features
         of_a, of_b = factor_splits(cuts.get(linear.name), linear.kind == "conv1d")
         shapes += [_largest((r, d_in), of_a, tp), _largest((d_out, r), of_b, tp)]
-    return shapes
+        shapes += [(d_out,)] if cfg.lora.use_dora else []
+    return [*shapes, *(p.shape for p in trained_base(model, cfg))]
 
 
 def _largest(shape: Shape, split: Split | None, tp: int) -> Shape:
@@ -154,6 +183,8 @@ def states(frozen: Sequence[Sequence[Shape]], trained: Sequence[Shape], cfg: Run
     base = width * sum(ceil(prod(shape) / over) for unit in frozen for shape in unit)
     if keeps_base_flat(cfg):
         base, stage = sum(flat_pieces(frozen, cfg, grid)), 0 if grid.adapter_over == 1 else 1
+    if cfg.method == "lora" and cfg.lora.pissa is not None:
+        base += FP32 * numel(trained)  # where each factor began, whole on every rank
     groups = [[prod(s) for s in trained if (len(s) >= 2) is decays] for decays in (True, False)]
     if stage == 0:
         whole = numel(trained)

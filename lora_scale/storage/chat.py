@@ -71,7 +71,7 @@ def spans(tokenizer: Any, conversation: Conversation, train_on: TrainOn, ends: S
     With loss: what generation would write, that is an assistant's message with its end-of-turn token, one of `ends`.
     """
     template = _template(tokenizer, conversation)
-    whole = _render(tokenizer, conversation)
+    whole = render(tokenizer, conversation)
     _check_nothing_is_dropped(conversation, whole)
     if train_on == "all":
         return [(whole, True)]
@@ -115,8 +115,8 @@ def _by_prefixes(
         if number == 0:
             raise BadRowError("message 1 is the assistant's; put a user message before it, or set data.train_on=all")
         messages, tools = conversation
-        before = _render(tokenizer, Conversation(messages[:number], tools), add_generation_prompt=True)
-        through = _render(tokenizer, Conversation(messages[: number + 1], tools))
+        before = render(tokenizer, Conversation(messages[:number], tools), add_generation_prompt=True)
+        through = render(tokenizer, Conversation(messages[: number + 1], tools))
         if not through.startswith(before):
             raise BadRowError(
                 f"message {number + 1}: the chat template writes what comes before it differently once it follows, so "
@@ -182,7 +182,7 @@ def _template(tokenizer: Any, conversation: Conversation) -> str:
     return text
 
 
-def _render(tokenizer: Any, conversation: Conversation, add_generation_prompt: bool = False) -> str:
+def render(tokenizer: Any, conversation: Conversation, add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
             conversation.messages,

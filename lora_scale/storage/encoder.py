@@ -105,7 +105,7 @@ class Encoder:
             verbose=False,  # no warning about rows longer than the model's context: they are cut and counted here
         )["input_ids"]
 
-    def _beginnings(self, texts: Sequence[str]) -> list[list[int]]:
+    def beginnings(self, texts: Sequence[str]) -> list[list[int]]:
         """As generation tokenises a prompt; one BOS, also where the text itself starts with it."""
         bos = self._bos
         return [ids if ids[: len(bos)] == bos else bos + ids for ids in self._plain(texts)]
@@ -127,7 +127,7 @@ class Encoder:
         return ids if ids and ids[-1] == eos else [*ids, eos]
 
     def _prompts(self, values: list[tuple[str, str]], lines: list[int]) -> list[Document]:
-        prompts = self._beginnings([prompt for prompt, _ in values])
+        prompts = self.beginnings([prompt for prompt, _ in values])
         completions = map(self._ended, self._continuations([completion for _, completion in values]))
         loss_on_prompt = b"\1" if self._train_on_all else b"\0"
         return [
@@ -136,7 +136,7 @@ class Encoder:
         ]
 
     def _texts(self, values: list[str], lines: list[int]) -> list[Document]:
-        return [(ids, b"\1" * len(ids)) for ids in map(self._ended, self._beginnings(values))]
+        return [(ids, b"\1" * len(ids)) for ids in map(self._ended, self.beginnings(values))]
 
     def _ready(self, values: list[tuple[np.ndarray, np.ndarray]], lines: list[int]) -> list[Document]:
         return [
@@ -159,10 +159,14 @@ class Encoder:
         for parts in conversations:
             runs = [next(later if number else first) for number in range(len(parts))]
             mask = b"".join((b"\1" if loss else b"\0") * len(run) for run, (_, loss) in zip(runs, parts, strict=True))
-            documents.append(self._with_one_bos([token for run in runs for token in run], mask))
+            documents.append(self.with_one_bos([token for run in runs for token in run], mask))
         return documents
 
-    def _with_one_bos(self, ids: list[int], mask: bytes) -> Document:
+    def opening(self, text: str) -> list[int]:
+        """Tokens of a conversation that a template has begun."""
+        return self.with_one_bos(self._plain([text])[0], b"")[0]
+
+    def with_one_bos(self, ids: list[int], mask: bytes) -> Document:
         """Not two, where the template writes one and a message another; where it writes none, generation has none."""
         n = len(self._bos)
         while n and ids[: 2 * n] == self._bos * 2:

@@ -34,6 +34,7 @@ FORM_NAMES: dict[Form, str] = {
     form: "{" + ", ".join(f'"{key}"' for key in keys) + "}" for form, keys in FORM_KEYS.items()
 }
 ALSO = ("labels", "input", "system", "history", "tools")  # keys that some form reads where a row has them
+ANSWERS = {"prompt": "completion", "instruction": "output"}
 _ALL_FORMS = ", ".join(FORM_NAMES.values())
 
 
@@ -65,10 +66,12 @@ def read_rows(
     fields: Mapping[str, str] | None = None,
     split: str = "train",
     subset: str | None = None,
+    answered: bool = True,
 ) -> Rows:
     """Every row of a source, or its first `max_rows`; a DataError names the first few that cannot be used.
 
-    `fields` says what a row calls what we call otherwise: {"prompt": "question"}.
+    `fields` says what a row calls what we call otherwise: {"prompt": "question"}. Unless rows must be `answered`, a
+    prompt may stand without its completion, which then is "".
     """
     records = sources.open_records(path, split, subset)
     problems = Problems(path, records.unit)
@@ -81,7 +84,8 @@ def read_rows(
         try:
             if isinstance(record, BadRowError):
                 raise record
-            row = _renamed(record, fields) if fields else record
+            row = _renamed(record, fields, answered) if fields else record
+            row = row if answered else _answered(row)
             found = _form(row, form, f"{records.unit} {lines[0]}" if lines else "")
             values.append(_CHECKS[found](row))
         except BadRowError as error:
@@ -106,8 +110,17 @@ def check_fields(fields: Mapping[str, str]) -> None:
         )
 
 
-def _renamed(row: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    if absent := [theirs for ours, theirs in fields.items() if theirs not in row and ours not in ALSO]:
+def _answered(row: dict[str, Any]) -> dict[str, Any]:
+    """With an empty answer where a form that has one lacks it."""
+    for asked, answer in ANSWERS.items():
+        if asked in row and answer not in row:
+            return {**row, answer: ""}
+    return row
+
+
+def _renamed(row: dict[str, Any], fields: Mapping[str, str], answered: bool) -> dict[str, Any]:
+    optional = ALSO if answered else (*ALSO, *ANSWERS.values())
+    if absent := [theirs for ours, theirs in fields.items() if theirs not in row and ours not in optional]:
         keys = ", ".join(json.dumps(key) for key in list(row)[:8]) or "none"
         raise BadRowError(f'has no "{absent[0]}", which data.fields names; it has the keys {keys}')
     return row | {ours: row[theirs] for ours, theirs in fields.items() if theirs in row}
