@@ -146,7 +146,7 @@ def test_we_read_what_peft_saved(values: dict, dtype: torch.dtype, tmp_path: Pat
     layers = adapt(model, adapter.lora_config(), seed=5)
     load_factors(layers, adapter)
     assert len(layers) == sum(isinstance(layer, LoraLayer) for layer in theirs.modules())
-    assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
     assert adapter.max_rank == 4
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -183,7 +184,10 @@ class _Threads:
 
     def __enter__(self) -> Self:
         self._reader = Reader().__enter__()
-        self._pool = ThreadPoolExecutor(len(self._landings))
+        # a thread begins with the first GPU: pinning from there would make a context on it, 0.5 GiB for each other rank
+        device = self._landings[0].device
+        first = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(len(self._landings), initializer=first)
         return self
 
     def __exit__(self, *_: object) -> None:
