@@ -100,7 +100,11 @@ def parts_and_losses(here: World, trees: dict[str, dict[str, Any]]) -> dict[str,
 
 @pytest.mark.ranks
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("ranks", "stage", "tp"), [(1, 3, 1), (2, 3, 1), (2, 0, 2)], ids=["1", "2", "tp 2"])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "tp"),
+    [pytest.param(1, 3, 1, marks=pytest.mark.long), (2, 3, 1), (2, 0, 2)],
+    ids=["1", "2", "tp 2"],
+)
 def test_a_run_equals_that_on_the_dequantised_base_to_the_bit(
     ranks: int, stage: int, tp: int, base: Path, tmp_path: Path
 ) -> None:
