@@ -34,8 +34,8 @@ from lora_scale.parallel.network import free_port  # noqa: E402
 from lora_scale.storage import checkpoints, provenance  # noqa: E402
 from lora_scale.storage.runlog import read_metrics  # noqa: E402
 
-STEPS, RANKS = 12, 2
-CONFIG = (f"train.max_steps={STEPS}", "train.micro_batch_size=3", "lora.dropout=0.1", "save.every=3", "save.keep=2")
+RANKS = 2
+CONFIG = ("train.micro_batch_size=3", "lora.dropout=0.1", "save.every=4", "save.keep=2")
 SAME = ("step", "loss", "lr", "grad_norm", "tokens")  # figures of a row that do not depend on the clock
 KINDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = 60.0  # seconds a job may take to end after its signal
@@ -64,8 +64,11 @@ class End:
     seconds: float  # from the signal, or the start, to the end of the last rank
 
 
-def job(folder: Path, run: str, number: int = 0, after: float = 0.0, hit: tuple[int, ...] = ()) -> End:
-    """Two ranks of the same run, of which those in `hit` get a signal so many seconds after their start."""
+def job(
+    folder: Path, run: str, number: int = 0, after: float = 0.0, hit: tuple[int, ...] = (), in_loop: bool = False
+) -> End:
+    """Two ranks of the same run, of which those in `hit` get a signal so many seconds after their start, or after the
+    job's first step."""
     screen = folder / f"{run}.txt"
     screen.touch()
     place = {
@@ -80,7 +83,11 @@ def job(folder: Path, run: str, number: int = 0, after: float = 0.0, hit: tuple[
         for rank in range(RANKS)
     ]
     begun = time.monotonic()
-    codes = _wait(children, {}, begun + after if hit else begun + PATIENCE)
+    codes: dict[int, int] = {}
+    before = _steps(folder / run)
+    while in_loop and not codes and _steps(folder / run) == before and time.monotonic() - begun < PATIENCE:
+        codes = _wait(children, codes, time.monotonic() + 0.02)
+    codes = _wait(children, codes, time.monotonic() + after if hit else begun + PATIENCE)
     if disturbed := bool(hit) and len(codes) < RANKS:
         begun = time.monotonic()
         for rank in hit:
@@ -120,18 +127,19 @@ def _end(children: list[int], codes: dict[int, int], number: int) -> None:
 def result(folder: Path, run: str) -> tuple[list[tuple[Any, ...]], dict[str, bytes]]:
     """All that must not depend on signals: figures of every step, and the last checkpoint's tensors."""
     rows = [tuple(row.get(key) for key in SAME) for row in read_metrics(folder / run)]
-    last = folder / run / "checkpoints" / checkpoints.name(STEPS)
+    _, last = checkpoints.list_checkpoints(folder / run / "checkpoints")[-1]
     return rows, {file.name: file.read_bytes() for file in sorted(last.glob("*.safetensors"))}
 
 
 def disturb(folder: Path, name: str, numbers: Sequence[signal.Signals], length: float, seed: int) -> Tally:
     """Runs, each queued again until it is finished, until all these signals are given; held to the run `calm`.
 
-    A signal that would come after the end of its job is given to another one.
+    Half of them fall anywhere in a job, `length` seconds, the others anywhere in its loop. A signal that would come
+    after the end of its job is given to another one.
     """
     draw, tally, left = random.Random(f"{name} {seed}"), Tally(), list(numbers)
     wanted = result(folder, "calm")
-    assert len(wanted[0]) == STEPS and len(wanted[1]) == 2
+    assert wanted[0][-1][0] == len(wanted[0]) and len(wanted[1]) == 2
     while left:
         tally.runs += 1
         run = f"{name}-{tally.runs}"
@@ -150,7 +158,9 @@ def _slice(
     one = (draw.randrange(RANKS),)
     hit = () if number is None else one if number == signal.SIGKILL or draw.random() < 0.3 else tuple(range(RANKS))
     before = _steps(folder / run)
-    end = job(folder, run, number or 0, draw.uniform(0.0, length), hit)
+    in_loop = number is not None and draw.random() < 0.5
+    loop = sum(row["seconds"] for row in read_metrics(folder / "calm") if "seconds" in row)
+    end = job(folder, run, number or 0, draw.uniform(0.0, loop if in_loop else length), hit, in_loop)
     if end.disturbed and number is not None:
         tally.signals += 1
         left.pop(0)
@@ -189,6 +199,7 @@ def _saved(run: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=30, help="signals of each kind; 0: one run and one of each")
+    parser.add_argument("--steps", type=int, default=40, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -199,15 +210,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "prepared")
         wrong_inputs.prepare(folder)
+        text = (folder / "run.yaml").read_text()
+        (folder / "run.yaml").write_text(text.replace("max_steps: 4", f"max_steps: {arguments.steps}"))
         begun_calm = time.monotonic()
         assert job(folder, "calm").codes == [0] * RANKS, (folder / "calm.txt").read_text()
         length = time.monotonic() - begun_calm
         series = {number.name: [number] * arguments.each for number in KINDS} if arguments.each else {"mixed": KINDS}
         found = {name: disturb(folder, name, numbers, length, arguments.seed) for name, numbers in series.items()}
     record = {
-        "what": f"signals to two-rank runs of {STEPS} steps (save.every=3) at random moments, each run queued again "
-        "until it is finished: one row a step, losses and the last checkpoint equal to those of an undisturbed run, to "
-        "the bit",
+        "what": f"signals to two-rank runs of {arguments.steps} steps (save.every=4) at random moments, each run "
+        "queued again until it is finished: one row a step, losses and the last checkpoint equal to those of an "
+        "undisturbed run, to the bit",
         "command": " ".join(["python tests/disturbing.py", *sys.argv[1:]]),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
@@ -217,7 +230,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - begun, 1),
         "signals": [
             {
-                "signal": name, "times": one.signals, "runs": one.runs, "before_a_step": one.before_a_step,
+                "signal": name, "times": one.signals, "runs": one.runs, "before_a_step_of_its_job": one.before_a_step,
                 "exit_codes": dict(one.codes), "seconds_to_end": sorted(one.seconds_to_end), "faults": one.faults,
             }
             for name, one in found.items()

@@ -171,6 +171,16 @@ def test_before_the_loop_a_signal_ends_the_run(stop: StopRequest, number: signal
     assert stop.asked
 
 
+def test_a_signal_that_a_library_took_for_a_fault_is_still_the_cause(stop: StopRequest) -> None:
+    fault = RuntimeError("trying to pop from empty mode stack")
+    assert stop.cause(fault) is fault
+    with pytest.raises(InterruptedRunError):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert isinstance(stop.cause(fault), InterruptedRunError)
+    stop.in_loop = True
+    assert stop.cause(fault) is fault, "in the loop a signal raises nothing"
+
+
 def test_repeated_and_late_signals_change_nothing(stop: StopRequest, tmp_path: Path) -> None:
     """torchrun passes a Ctrl-C on that the terminal has sent already; who is about to end needs no telling."""
     stop.in_loop = True

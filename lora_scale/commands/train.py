@@ -113,19 +113,15 @@ def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path, screen
             pulse.phase = "set-up"
             run(cfg, config, here, screen, stop, pulse, words.token, asked)
             pulse.end(0)
-        except LoraScaleError as error:
-            stop.over()
-            code = error.exit_code
-            traceback.print_exc()
-            code = _tell_once(screen, pulse, code, _told(error, log), words)
         except BaseException as error:
             stop.over()
-            code, text = _fault(error, rank)
             traceback.print_exc()
-            code = _tell_once(screen, pulse, code, f"lora-scale: error: {text}\n  log: {log}", words)
-            sys.stdout.flush()
-            mpi.end_all(code)
-            os._exit(code)  # the others are in a collective: there is no orderly way out, and they must not wait for us
+            code, text = _last_words(stop.cause(error), rank, log)
+            code = _tell_once(screen, pulse, code, text, words)
+            if not isinstance(error, LoraScaleError):
+                sys.stdout.flush()
+                mpi.end_all(code)
+                os._exit(code)  # the others are in a collective: there is no orderly way out; they must not wait
         world.stop()
     return code
 
@@ -140,22 +136,21 @@ def _tell_once(screen: Console, pulse: Pulse, code: int, text: str, words: LastW
     return code
 
 
-def _told(error: LoraScaleError, log: Path) -> str:
-    """An error of the user's, or a guard's, as the screen shows it; an interruption is none."""
-    if isinstance(error, InterruptedRunError):
-        return f"lora-scale: {error}"
-    return "".join(f"lora-scale: error: {line}\n" for line in str(error).splitlines()) + f"  log: {log}"
-
-
-def _fault(error: BaseException, rank: int) -> tuple[int, str]:
-    """Exit code and one line for what nobody expected; the traceback is in the log."""
+def _last_words(error: BaseException, rank: int, log: Path) -> tuple[int, str]:
+    """Exit code and what the screen shows; the traceback is in the log."""
     first = (str(error).splitlines() or [""])[0]
     match error:
+        case InterruptedRunError():
+            return error.exit_code, f"lora-scale: {error}"
+        case LoraScaleError():
+            code, lines = error.exit_code, str(error).splitlines()
         case torch.OutOfMemoryError():
             what = first.partition(" Including ")[0]  # torch goes on about its allocator
-            return 3, f"rank {rank}: {what} Set recompute=all, or a smaller train.micro_batch_size or data.seq_len"
+            code = 3
+            lines = [f"rank {rank}: {what} Set recompute=all, or a smaller train.micro_batch_size or data.seq_len"]
         case _:
-            return 1, f"rank {rank} failed: {type(error).__name__}: {first}"
+            code, lines = 1, [f"rank {rank} failed: {type(error).__name__}: {first}"]
+    return code, "".join(f"lora-scale: error: {line}\n" for line in lines) + f"  log: {log}"
 
 
 def run(

@@ -211,6 +211,10 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def cause(self, error: BaseException) -> BaseException:
+        """What ended the run: a signal before the loop also where a library took its exception for a fault."""
+        return InterruptedRunError(TOO_EARLY) if self.asked and not self.in_loop else error
+
     def over(self) -> None:
         """From here on signals change nothing: the process ends by itself, and has something to say."""
         self._over = True
