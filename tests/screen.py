@@ -20,6 +20,7 @@ from outside import ROOT, Command  # noqa: E402
 from slurm import start_slurm  # noqa: E402
 
 SECONDS = 60.0
+FIRST = "base     "  # how the ranks' first line begins
 EVERY = 10.0  # seconds between the states of the live line that the page shows
 CONFIG = """\
 model: models/smollm2-135m-instruct
@@ -34,7 +35,8 @@ PAGE = f"""\
 # What a run says
 
 The first {SECONDS:.0f} seconds of a run of two ranks, twice: SmolLM2-135M on 2 CPU cores that others used too. On
-the left are the seconds since the start. What libraries say is in `runs/first/log/`, a file a rank.
+the left are the seconds since the ranks' first line, before which they import. What libraries say is in
+`runs/first/log/`, a file a rank.
 
 ```yaml
 {CONFIG}```
@@ -70,6 +72,25 @@ class Line:
         return f"{self.seconds:5.1f} {' ' if self.stays else '~'} {self.text}".rstrip()
 
 
+class Record:
+    """What came on a screen, with the seconds since the ranks' first line."""
+
+    def __init__(self) -> None:
+        self.chunks: list[tuple[float, str]] = []
+        self._had, self._since = 0, 0.0
+
+    def add(self, screen: str) -> bool:
+        """Given all that is on it; True once SECONDS are over."""
+        now = time.monotonic()
+        if not self._since and FIRST in screen:
+            self._since = now
+        seconds = now - self._since if self._since else 0.0
+        if len(screen) > self._had and seconds < SECONDS:
+            self.chunks.append((seconds, screen[self._had :]))
+            self._had = len(screen)
+        return seconds >= SECONDS
+
+
 def prepare(folder: Path) -> None:
     for name in ("models", "data"):
         (folder / name).symlink_to(ROOT / name)
@@ -93,21 +114,15 @@ def seen(chunks: Sequence[tuple[float, str]]) -> Iterator[Line]:
 
 def on_terminal(folder: Path) -> list[Line]:
     command = Command([sys.executable, "-m", "lora_scale", "train", "run.yaml", "--ranks", "2"], folder, terminal=True)
-    chunks: list[tuple[float, str]] = []
-    had = 0
+    record = Record()
 
-    def record(screen: str, process: object) -> bool:
-        nonlocal had
-        seconds = time.monotonic() - command.started
-        if seconds < SECONDS:
-            chunks.append((seconds, screen[had:].replace("\r\n", "\n")))
-            had = len(screen)
-            return False
-        command.process.terminate()
-        return True
+    def watch(screen: str, process: object) -> bool:
+        if over := record.add(screen.replace("\r\n", "\n")):
+            command.process.terminate()
+        return over
 
-    assert command.end(record).code == 75
-    return list(seen(chunks))
+    assert command.end(watch, limit=600.0).code == 75
+    return list(seen(record.chunks))
 
 
 def in_slurm(folder: Path) -> list[Line]:
@@ -116,16 +131,11 @@ def in_slurm(folder: Path) -> list[Line]:
         script = [ROOT / "launch" / "slurm.sbatch", "run.yaml", "run_dir=runs/second"]
         sbatch = ["sbatch", "--ntasks-per-node", "2", *script]
         hosts[0].run([*map(str, sbatch)], cwd=folder, env=env, check=True)
-        file, chunks, had = folder / "slurm-1.txt", [], 0
-        wait_for(file.exists, "the job", 30.0)
-        started = time.monotonic()
-        while (seconds := time.monotonic() - started) < SECONDS:
-            text = file.read_text()
-            if len(text) > had:
-                chunks.append((seconds, text[had:]))
-                had = len(text)
+        file, record = folder / "slurm-1.txt", Record()
+        wait_for(file.exists, "the job", 60.0)
+        while not record.add(file.read_text()):
             time.sleep(0.1)
-    return list(seen(chunks))
+    return list(seen(record.chunks))
 
 
 def page(terminal: Sequence[Line], slurm: Sequence[Line]) -> str:
