@@ -33,7 +33,7 @@ def test_few_lines_before_the_first_step_and_hardly_any_after_it(kind: int) -> N
 def test_progress_is_one_line_that_changes_or_a_line_now_and_then() -> None:
     terminal, slurm = transcripts()
     live = [line for line in terminal if line.text.startswith("step ")]
-    assert live and not any(line.stays for line in live) and max(len(line.text) for line in terminal) <= 99
+    assert live and not any(line.stays for line in live) and max(len(line.text) for line in live) <= 99
     moments = [line.seconds for line in slurm if line.text.startswith("step ")]
     assert moments and all(line.stays for line in slurm)
     assert len(moments) <= 2 + screen.SECONDS / PROGRESS
