@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from lora_scale import __version__
 from lora_scale.commands.options import EXIT_CODES
@@ -47,6 +48,11 @@ class Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return import_module(f"lora_scale.commands.{cmd_name}").command if cmd_name in VERBS else None
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Verbs by their names alone; click's own would import each to ask for its help."""
+        found = [CompletionItem(name, help=text) for name, text in VERBS.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

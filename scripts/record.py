@@ -127,7 +127,11 @@ def tables(arguments: argparse.Namespace) -> None:
             text += _bench(path.name, record)
         elif "title" in record:
             text += _table(path.name, record)
-        if "faults" in record:
+        if "signals" in record:
+            text += _signal_table(path.name, record)
+        elif "kills" in record and "runs" in record:
+            text += _kill_table(path.name, record)
+        elif "faults" in record:
             text += _fault_table(path.name, record)
     (arguments.folder / "README.md").write_text("\n".join(text).rstrip() + "\n")
 
@@ -162,6 +166,40 @@ def _bench(file: str, record: dict[str, Any]) -> list[str]:
     device, commit = record["hardware"].get("device"), str(record["commit"])[:10]
     head = [f"## {record['title']} ({file})", "", f"{device}; commit `{commit}`; record [{file}]({file}).", ""]
     return [*head, tables_of_bench.markdown([record]), ""]
+
+
+def _head(title: str, file: str, record: dict[str, Any]) -> list[str]:
+    """What was done, and to which commit."""
+    said = f"{record['what']}; {record['hardware']}; commit `{record['commit'][:10]}`; record [{file}]({file})."
+    return [f"## {title}", "", said[0].upper() + said[1:], ""]
+
+
+def _signal_table(file: str, record: dict[str, Any]) -> list[str]:
+    lines = _head("Signals at random moments", file, record)
+    lines += [
+        "| signal | times | runs | before its job's first step | exit codes of the two ranks | seconds to the end "
+        "| faults |",
+        "|---|--:|--:|--:|---|--:|--:|",
+    ]
+    for row in record["signals"]:
+        codes = ", ".join(f"{codes} ({times})" for codes, times in row["exit_codes"].items())
+        median, most = statistics.median(row["seconds_to_end"]), max(row["seconds_to_end"])
+        lines.append(
+            f"| {row['signal']} | {row['times']} | {row['runs']} | {row['before_a_step_of_its_job']} | {codes} | "
+            f"{median:.1f}, at most {most:.1f} | {len(row['faults'])} |"
+        )
+    return [*lines, ""]
+
+
+def _kill_table(file: str, record: dict[str, Any]) -> list[str]:
+    return [
+        *_head("Kills at random moments", file, record),
+        "| kills | runs | before a save | went on from a checkpoint | half checkpoints cleared away | faults |",
+        "|--:|--:|--:|--:|--:|--:|",
+        f"| {record['kills']} | {record['runs']} | {record['kills_before_a_step']} | {len(record['resumed_from'])} | "
+        f"{record['leftovers']} | {len(record['faults'])} |",
+        "",
+    ]
 
 
 def _fault_table(file: str, record: dict[str, Any]) -> list[str]:

@@ -227,13 +227,13 @@ def test_the_reference_config_opens_with_its_command_and_is_valid() -> None:
 @pytest.mark.parametrize(("entries", "passes"), [("- Train.\n", True), ("", False)], ids=["entry", "no entry"])
 def test_a_changed_package_needs_a_changelog_entry(tmp_path: Path, entries: str, passes: bool) -> None:
     """scripts/check in a repository of its own, with tools that find nothing."""
-    for tool in ("ruff", "mypy"):
+    for tool in ("ruff", "mypy", "mkdocs"):
         path = tmp_path / ".venv" / "bin" / tool
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/sh\n")
         path.chmod(0o755)
     (tmp_path / "scripts").mkdir()
-    for script in ("check", "env"):
+    for script in ("check", "env", "docs"):
         shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts" / script)
     (tmp_path / "lora_scale").mkdir()
     (tmp_path / "lora_scale" / "a.py").write_text("one = 1\n")

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,27 @@ def test_each_help_suffices(verb: str, capsys: pytest.CaptureFixture[str]) -> No
     assert (code, err) == (0, "")
     assert f"Usage: lora-scale {verb} " in out and f"\n  lora-scale {verb} " in out and "Exit codes:" in out
     assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("lora-scale tr", ["plain,train"]),
+        ("lora-scale ", [f"plain,{verb}" for verb in VERBS]),
+        ("lora-scale plan --gpu", ["plain,--gpus-per-node", "plain,--gpu"]),
+        ("lora-scale --vers", ["plain,--version"]),
+    ],
+)
+def test_the_shell_completes_verbs_and_options(words: str, expected: list[str]) -> None:
+    """As bash asks; a verb's name costs no import of what the verb needs."""
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_LORA_SCALE_COMPLETE": "bash_complete"}
+    program = "import sys; from lora_scale.cli import main; sys.argv[:] = ['lora-scale']; main()"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", program],
+        env=os.environ | asked | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == expected, done.stderr[-2000:]
+    assert not re.search(r"\|\s+torch$", done.stderr, re.MULTILINE)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

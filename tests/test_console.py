@@ -19,7 +19,7 @@ import pytest
 
 from lora_scale.spec.errors import InterruptedRunError
 from lora_scale.storage import console
-from lora_scale.storage.console import Console, StopRequest
+from lora_scale.storage.console import Console, LastWords, StopRequest
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,23 +124,33 @@ def test_a_screen_that_goes_away_does_not_end_the_run() -> None:
 
 def test_one_process_of_a_launch_tells(tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
-    assert not console.is_claimed(tmp_path, "a")
-    assert [console.claim(tmp_path, "a"), console.claim(tmp_path, "a"), console.claim(tmp_path, "b")] == [
-        True,
-        False,
-        True,
-    ]
+    one, same, other = (LastWords(tmp_path, token) for token in "aab")
+    assert not one.failed() and not one.interrupted()
+    assert [one.claim(), same.claim(75), other.claim()] == [True, False, True]
+    assert one.failed() and same.failed() and not same.interrupted()
     console.forget_claims(tmp_path, but="b")
-    assert (console.is_claimed(tmp_path, "a"), console.is_claimed(tmp_path, "b")) == (False, True)
-    assert console.claim(tmp_path / "no such folder", "a") is True
+    assert (one.failed(), other.failed()) == (False, True)
+    assert LastWords(tmp_path / "no such folder", "a").claim() is True
+
+
+def test_an_interruption_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    one, other = (LastWords(tmp_path, "a") for _ in range(2))
+    assert one.claim(console.INTERRUPTED) and not other.claim(1)
+    assert other.interrupted() and not other.failed()
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
+def alone(folder: Path) -> LastWords:
+    """Of a launch in which nobody has ended."""
+    return LastWords(folder, "alone")
+
+
 @pytest.fixture
 def stop(tmp_path: Path) -> Iterator[StopRequest]:
-    with screen_in(tmp_path / "screen") as screen, StopRequest(screen, failed=lambda: False) as request:
+    with screen_in(tmp_path / "screen") as screen, StopRequest(screen, alone(tmp_path)) as request:
         yield request
 
 
@@ -161,6 +171,16 @@ def test_before_the_loop_a_signal_ends_the_run(stop: StopRequest, number: signal
     assert stop.asked
 
 
+def test_a_signal_that_a_library_took_for_a_fault_is_still_the_cause(stop: StopRequest) -> None:
+    fault = RuntimeError("trying to pop from empty mode stack")
+    assert stop.cause(fault) is fault
+    with pytest.raises(InterruptedRunError):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert isinstance(stop.cause(fault), InterruptedRunError)
+    stop.in_loop = True
+    assert stop.cause(fault) is fault, "in the loop a signal raises nothing"
+
+
 def test_repeated_and_late_signals_change_nothing(stop: StopRequest, tmp_path: Path) -> None:
     """torchrun passes a Ctrl-C on that the terminal has sent already; who is about to end needs no telling."""
     stop.in_loop = True
@@ -171,9 +191,9 @@ def test_repeated_and_late_signals_change_nothing(stop: StopRequest, tmp_path: P
     assert (tmp_path / "screen").read_text().count("\n") == 1
 
 
-def test_handlers_are_put_back(stop: StopRequest) -> None:
+def test_handlers_are_put_back(stop: StopRequest, tmp_path: Path) -> None:
     mine = signal.getsignal(signal.SIGTERM)
-    with StopRequest(stop._screen, failed=lambda: False):
+    with StopRequest(stop._screen, alone(tmp_path)):
         assert signal.getsignal(signal.SIGTERM) != mine
     assert signal.getsignal(signal.SIGTERM) == mine
 
@@ -182,7 +202,7 @@ def test_afterwards_no_thread_ends_the_process(tmp_path: Path, monkeypatch: pyte
     ended: list[int] = []
     monkeypatch.setattr(console, "PATIENCE", 0.3)
     monkeypatch.setattr(console.os, "_exit", ended.append)
-    with screen_in(tmp_path / "screen") as screen, StopRequest(screen, failed=lambda: False):
+    with screen_in(tmp_path / "screen") as screen, StopRequest(screen, alone(tmp_path)):
         with pytest.raises(InterruptedRunError):
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)  # the watching thread has read it
@@ -194,10 +214,10 @@ HANGING = """
 import ctypes, signal, sys
 from pathlib import Path
 from lora_scale.storage import console
-from lora_scale.storage.console import Console, StopRequest
+from lora_scale.storage.console import Console, LastWords, StopRequest
 console.ECHO, console.PATIENCE = 0.5, 1.0
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-with StopRequest(Console(0), Path(sys.argv[1]).exists) as stop:
+with StopRequest(Console(0), LastWords(Path(sys.argv[1]), "a")) as stop:
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, "nohup's wish"
     stop.in_loop = sys.argv[2] == "loop"
     print("ready", flush=True)
@@ -207,10 +227,10 @@ with StopRequest(Console(0), Path(sys.argv[1]).exists) as stop:
 """
 
 
-def hanging(failed: Path, where: str) -> "subprocess.Popen[bytes]":
+def hanging(run: Path, where: str) -> "subprocess.Popen[bytes]":
     """A process whose main thread runs no handler any more, as in a collective with a rank that is gone."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HANGING, str(failed), where]
+    command = [sys.executable, "-c", HANGING, str(run), where]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     time.sleep(0.2)
@@ -218,17 +238,18 @@ def hanging(failed: Path, where: str) -> "subprocess.Popen[bytes]":
 
 
 def test_a_hanging_rank_ends_when_another_has_failed(tmp_path: Path) -> None:
-    process = hanging(tmp_path / "failed", "loop")
+    (tmp_path / "log").mkdir()
+    process = hanging(tmp_path, "loop")
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.5)
-    (tmp_path / "failed").touch()
+    assert LastWords(tmp_path, "a").claim()
     process.send_signal(signal.SIGTERM)
     assert (process.communicate(timeout=5.0)[0], process.returncode) == (b"", 1)
 
 
 def test_a_second_ctrl_c_ends_a_hanging_process(tmp_path: Path) -> None:
-    process = hanging(tmp_path / "failed", "loop")
+    process = hanging(tmp_path, "loop")
     process.send_signal(signal.SIGINT)
     time.sleep(0.7)
     process.send_signal(signal.SIGINT)
@@ -238,7 +259,7 @@ def test_a_second_ctrl_c_ends_a_hanging_process(tmp_path: Path) -> None:
 
 
 def test_set_up_that_waits_for_other_ranks_can_be_stopped(tmp_path: Path) -> None:
-    process = hanging(tmp_path / "failed", "set-up")
+    process = hanging(tmp_path, "set-up")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=5.0)
     assert (out, process.returncode) == (f"lora-scale: {console.TOO_EARLY}\n".encode(), 75)

@@ -6,6 +6,7 @@ Console blocks: a line that begins with `$` is a command, the lines after it its
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -85,6 +86,30 @@ def anchors(path: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_container_gets_what_it_copies() -> None:
+    """Docker is not had here: at least every file that is copied is there, and .dockerignore lets it through."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {"pyproject.toml", "requirements", "lora_scale"} <= set(copied)
+    assert "*" in ignored and {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_a_lost_link_stops_the_site(tmp_path: Path) -> None:
+    """scripts/check builds it; here a page is added to a copy."""
+    for name in ("docs", "mkdocs.yml", "scripts/docs_pages.py", "README.md", "CHANGELOG.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "docs" / "more.md").write_text("See [one](nowhere.md), [two](install.md#nothing), [three](index.md).\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    assert done.returncode != 0 and len(warnings) == 2, done.stderr
+    assert "'nowhere.md'" in warnings[0] and "'#nothing'" in warnings[1]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=NAMES)

@@ -230,8 +230,8 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         "read that code, then set model.trust_remote_code=true",
     ),
     "fp8": (
-        quantise(quant_method="fp8", weight_block_size=[128, 128]),
-        "{} is quantised with fp8 (fp8 blocks with scales), which is not read yet; use its bf16 release",
+        quantise(quant_method="fp8"),
+        "{} is quantised with fp8 (fp8 without weight_block_size), which is not read yet; use its bf16 release",
     ),
     "gptq": (
         quantise(quant_method="gptq", bits=4),

@@ -60,6 +60,21 @@ def write_run(run: Path, rows: list[dict[str, Any]], **manifest: Any) -> Path:
     return run
 
 
+def test_rows_and_tokens_of_each_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def seen(chat: int, code: int) -> dict[str, Any]:
+        return {"sources": {"chat": {"rows": 3, "tokens": chat}, "code": {"rows": 1, "tokens": code}}}
+
+    sources = {"chat": {"weight": 1.0, "rows": 900}, "code": {"weight": 0.5, "rows": 300}}
+    rows = [row(1, **seen(1000, 500)), row(2, **seen(1400, 100))]
+    run = write_run(tmp_path / "mixed", rows, data=MANIFEST["data"] | {"sources": sources})
+    _, out, _ = report(capsys, run)
+    found = section(out, "Data and loading")
+    assert "| chat | 1 | 900 | 6 | 2,400 | 80.0% |" in found and "| code | 0.5 | 300 | 2 | 600 | 20.0% |" in found
+    assert "| rows | 1,200 |" in found and "{" not in found
+    _, out, _ = report(capsys, write_run(tmp_path / "one", [row(1)]))
+    assert "source" not in section(out, "Data and loading"), "one source is the whole data"
+
+
 def write_checkpoint(run: Path, step: int) -> Path:
     folder = run / "checkpoints" / f"step-{step:06d}"
     folder.mkdir()

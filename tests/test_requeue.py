@@ -53,3 +53,16 @@ def test_a_model_of_the_hub_trains_without_a_route(found: Any) -> None:
     assert "finished 2 steps in" in screen
     code, message = found["offline"]["absent"]
     assert code == 2 and "the hub's cache does not hold it here: `lora-scale prepare` with the same config" in message
+
+
+@pytest.mark.ranks
+def test_a_signal_of_each_kind_and_the_run_goes_on_to_the_same_bits() -> None:
+    """30 of each are a record: python tests/disturbing.py."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "disturbing.py"), "--each", "0", "--steps", "9"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "{'mixed': (3, " in done.stdout and "\n0 faults" in done.stdout

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_scale.adapters import analysis
+from lora_scale.adapters import analysis, fp8
 from lora_scale.adapters.analysis import Correlation, Update
 from lora_scale.adapters.lora import draw_a
 from lora_scale.adapters.peft import DTYPES, Adapter
@@ -231,9 +231,13 @@ def _weights(subject: Subject, modules: Sequence[str], base: ModelFolder) -> dic
 
 
 def _read(reader: Reader, entry: TensorEntry, subject: Subject) -> Tensor:
-    """The weight as (out, in), in the file's dtype."""
-    weight = torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
+    """The weight as (out, in), in the file's dtype; in fp32 where the file has fp8 blocks."""
+    stored = torch.float8_e4m3fn if entry.blocks else _TORCH_DTYPES[entry.dtype]
+    weight = torch.empty(entry.shape, dtype=stored)
     reader.read_into(entry.whole(), weight.view(-1).view(torch.uint8).numpy().data)
+    if entry.blocks:
+        scales = fp8.read_scales(reader, entry, 0, entry.numel)
+        weight = fp8.dequantised(weight.view(-1), entry, 0, scales).view(entry.shape)
     return weight.T if subject.adapter.config.get("fan_in_fan_out") else weight
 
 

@@ -164,7 +164,7 @@ def _check_possible(base: ModelFolder) -> None:
 
 def _compare(on: Base, base: ModelFolder, adapter: Adapter, exported: Path, dtype: Dtype) -> str:
     trust = on.model is not None and on.model.trust_remote_code
-    result = verify.compare(base.path, exported, adapter, dtype, trust)
+    result = verify.compare(base, exported, adapter, dtype, trust)
     if not result.equal:
         raise LoraScaleError(
             f"nothing was written: PEFT's logits differ from ours by up to {result.difference:.1e} "

@@ -22,7 +22,7 @@ from lora_scale.commands.options import EXIT_CODES
 from lora_scale.parallel import load, source
 from lora_scale.parallel.source import Source
 from lora_scale.spec.config import ModelConfig, RunConfig
-from lora_scale.spec.errors import DoesNotFitError, UsageError
+from lora_scale.spec.errors import DoesNotFitError, ModelError, UsageError
 from lora_scale.storage import companions, durable, hub
 from lora_scale.storage.card import merged_card
 from lora_scale.storage.console import Console, bar, size
@@ -77,6 +77,11 @@ def command(
             screen.line(f"skipped  {note}")
         model = _base_of(parts, base)
         folder = open_folder(hub.resolve(model), model.trust_remote_code)
+        if folder.has_blocks:
+            raise ModelError(
+                f"{folder.path} is stored in fp8 blocks: a sum would have to be rounded to fp8 again, which merge does "
+                "not do; serve the adapter beside it, or merge into its bf16 release with --base and --allow-other-base"
+            )
         identity = fingerprint(folder)
         for part in () if allow_other_base else parts:
             way_out = "give --base with the model of the run, or --allow-other-base"

@@ -167,18 +167,18 @@ def _model(cfg: RunConfig, shape: str | None) -> tuple[Architecture, str, list[s
 
 def _checked(folder: ModelFolder) -> tuple[Architecture, str, list[str]]:
     """What config.json says and the headers confirm, tensor by tensor; the headers alone for a type without a row."""
+    stored = f"; {decimal(folder.nbytes)} in fp8 blocks, dequantised in memory" if folder.has_blocks else ""
     if str(folder.config.get("model_type")) not in BUILDERS:
-        shapes = {name: entry.shape for name, entry in folder.tensors.items()}
         note = (
             f"Model type {folder.config.get('model_type')} has no row here: its linear layers are guessed from names."
         )
-        return from_tensors(folder.config, shapes), f"{folder.path}, headers alone", [note]
+        return from_tensors(folder.config, folder.shapes), f"{folder.path}, headers alone{stored}", [note]
     model = architecture(folder.config)
     table = model.parameters[0]
     tied = {"lm_head.weight": table.name} if model.tied else {}
     for parameter in model.parameters:
         sources(folder, parameter.name, parameter.shape, table.name.partition(".")[0], tied)
-    return model, f"{folder.path}, config.json and the headers of {len(folder.files)} files agree", []
+    return model, f"{folder.path}, config.json and the headers of {len(folder.files)} files agree{stored}", []
 
 
 def _ways(ways: list[planning.WayOut], fits: bool | None) -> list[str]:

@@ -57,7 +57,7 @@ def command(run: Path, out: Path | None) -> None:
         "Speed": _speed(rows),
         "Checkpoints": _checkpoints(run, rows),
         "What ran": _what_ran(manifest),
-        "Data and loading": _data(manifest),
+        "Data and loading": [*_data(manifest), *_sources(rows, manifest)],
     }
     text = page.markdown(title, summary, sections, path.stem)
     for block in (block for blocks in sections.values() for block in blocks):
@@ -171,6 +171,7 @@ def _data(manifest: dict[str, Any]) -> list[Block]:
     lines = [
         [key.replace("_", " "), f"{value:,}" if isinstance(value, int | float) else value]
         for key, value in data.items()
+        if key != "sources"
     ]
     nbytes, seconds = load.get("bytes"), load.get("seconds")
     if nbytes and seconds:
@@ -180,6 +181,29 @@ def _data(manifest: dict[str, Any]) -> list[Block]:
     else:
         lines.append(["weights read, first rank", MISSING])
     return [table(["", ""], lines)]
+
+
+def _sources(rows: Rows, manifest: dict[str, Any]) -> list[Block]:
+    """Of a mixture, what each source holds, and what has been seen of it so far."""
+    held = (manifest.get("data") or {}).get("sources") or {}
+    seen = {name: {"rows": 0, "tokens": 0} for name in held}
+    for row in rows:
+        for name, counts in (row.get("sources") or {}).items():
+            for key, count in counts.items():
+                seen[name][key] += count
+    total = max(1, sum(sums["tokens"] for sums in seen.values()))
+    lines = [
+        [
+            name,
+            f"{held[name]['weight']:g}",
+            f"{held[name]['rows']:,}",
+            *(f"{sums[key]:,}" for key in ("rows", "tokens")),
+            f"{sums['tokens'] / total:.1%}",
+        ]
+        for name, sums in seen.items()
+    ]
+    headers = ["source", "weight", "rows", "rows seen", "tokens seen", "of all tokens"]
+    return [table(headers, lines)] if lines else []
 
 
 def _warnings(run: Path, rows: Rows, manifest: dict[str, Any], config: dict[str, Any]) -> list[Block]:

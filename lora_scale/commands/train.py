@@ -29,7 +29,7 @@ from lora_scale.spec.errors import CheckpointError, ConfigError, InterruptedRunE
 from lora_scale.spec.progress import Deadline, Validation, deadline, validation_so_far
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage import checkpoints, console, durable, hub, provenance, runlog
-from lora_scale.storage.console import Console, StopRequest, bar, size
+from lora_scale.storage.console import Console, LastWords, StopRequest, bar, size
 from lora_scale.storage.folder import ModelFolder
 from lora_scale.storage.lease import Lease
 from lora_scale.storage.runlog import CHECKPOINTS, METRICS, RunLog, log_path
@@ -103,59 +103,54 @@ def _log_path(cfg: RunConfig, rank: int) -> Path:
 
 def _guarded(cfg: RunConfig, config: Path, here: World | None, log: Path, screen: Console, asked: Asked) -> int:
     """Run, and let exactly one rank tell the screen what went wrong, after everything else, with its log's path."""
-    rank, token, code = here.rank if here else 0, world.launch_token(here), 0
+    rank, words, code = here.rank if here else 0, LastWords(cfg.run_dir, world.launch_token(here)), 0
     screen.redirect(log)
     faulthandler.enable()
-    with (
-        StopRequest(screen, lambda: console.is_claimed(cfg.run_dir, token)) as stop,
-        Pulse(rank, screen, log, cfg.parallel.hang_seconds) as pulse,
-    ):
+    with StopRequest(screen, words) as stop, Pulse(rank, screen, log, cfg.parallel.hang_seconds) as pulse:
         try:
             here = world.start(here, cfg.parallel.timeout_minutes)
-            token = on_rank_zero(lambda: token)  # one for all hosts
+            words.token = on_rank_zero(lambda: words.token)  # one for all hosts
             pulse.phase = "set-up"
-            run(cfg, config, here, screen, stop, pulse, token, asked)
+            run(cfg, config, here, screen, stop, pulse, words.token, asked)
             pulse.end(0)
-        except LoraScaleError as error:
-            stop.over()
-            code = error.exit_code
-            traceback.print_exc()
-            _tell_once(screen, pulse, code, _told(error, log), cfg.run_dir, token)
         except BaseException as error:
             stop.over()
-            code, text = _fault(error, rank)
             traceback.print_exc()
-            _tell_once(screen, pulse, code, f"lora-scale: error: {text}\n  log: {log}", cfg.run_dir, token)
-            sys.stdout.flush()
-            mpi.end_all(code)
-            os._exit(code)  # the others are in a collective: there is no orderly way out, and they must not wait for us
+            code, text = _last_words(stop.cause(error), rank, log)
+            code = _tell_once(screen, pulse, code, text, words)
+            if not isinstance(error, LoraScaleError):
+                sys.stdout.flush()
+                mpi.end_all(code)
+                os._exit(code)  # the others are in a collective: there is no orderly way out; they must not wait
         world.stop()
     return code
 
 
-def _tell_once(screen: Console, pulse: Pulse, code: int, text: str, run_dir: Path, token: str) -> None:
+def _tell_once(screen: Console, pulse: Pulse, code: int, text: str, words: LastWords) -> int:
+    """The code to end with: what looks like a fault to this rank may be another's answer to a signal."""
     screen.clear()
-    supervised = pulse.end(code, text)
-    if console.claim(run_dir, token) and not supervised:
+    first = words.claim(code)
+    code = console.INTERRUPTED if words.interrupted() else code
+    if not pulse.end(code, text) and first:
         screen.error(text)
+    return code
 
 
-def _told(error: LoraScaleError, log: Path) -> str:
-    """An error of the user's, or a guard's, as the screen shows it; an interruption is none."""
-    if isinstance(error, InterruptedRunError):
-        return f"lora-scale: {error}"
-    return "".join(f"lora-scale: error: {line}\n" for line in str(error).splitlines()) + f"  log: {log}"
-
-
-def _fault(error: BaseException, rank: int) -> tuple[int, str]:
-    """Exit code and one line for what nobody expected; the traceback is in the log."""
+def _last_words(error: BaseException, rank: int, log: Path) -> tuple[int, str]:
+    """Exit code and what the screen shows; the traceback is in the log."""
     first = (str(error).splitlines() or [""])[0]
     match error:
+        case InterruptedRunError():
+            return error.exit_code, f"lora-scale: {error}"
+        case LoraScaleError():
+            code, lines = error.exit_code, str(error).splitlines()
         case torch.OutOfMemoryError():
             what = first.partition(" Including ")[0]  # torch goes on about its allocator
-            return 3, f"rank {rank}: {what} Set recompute=all, or a smaller train.micro_batch_size or data.seq_len"
+            code = 3
+            lines = [f"rank {rank}: {what} Set recompute=all, or a smaller train.micro_batch_size or data.seq_len"]
         case _:
-            return 1, f"rank {rank} failed: {type(error).__name__}: {first}"
+            code, lines = 1, [f"rank {rank} failed: {type(error).__name__}: {first}"]
+    return code, "".join(f"lora-scale: error: {line}\n" for line in lines) + f"  log: {log}"
 
 
 def run(

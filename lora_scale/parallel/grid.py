@@ -30,6 +30,11 @@ class Grid:
     own_group: Any  # this rank alone
 
 
+def alone() -> Grid:
+    """One process without process groups, which reads a whole model."""
+    return Grid(World("none", 0, 1, 0), 0, 1, 0, 1, None, None, None, None)
+
+
 def check(cfg: ParallelConfig, world_size: int) -> None:
     """ConfigError unless the ranks make whole tensor-parallel groups."""
     if world_size % cfg.tensor_parallel_size:

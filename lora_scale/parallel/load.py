@@ -74,6 +74,8 @@ def read_config(folder: ModelFolder, cfg: RunConfig) -> Any:
         raise ModelError(f"{path} is refused by transformers: {_first(error)}; download it again") from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not cfg.model.trust_remote_code:
         raise ModelError(f"{path} has model_type {model_type!r}, which is no causal language model")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what is read here is dequantised on the way
     return config
 
 

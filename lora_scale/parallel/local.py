@@ -26,8 +26,7 @@ import torch
 from lora_scale.parallel.launchers import TOKEN
 from lora_scale.parallel.network import free_port
 from lora_scale.spec.errors import UsageError
-from lora_scale.storage import console
-from lora_scale.storage.console import ECHO, STOPPING, TOO_EARLY, Console
+from lora_scale.storage.console import ECHO, STOPPING, TOO_EARLY, Console, LastWords
 
 TELLING = (0, 1, 2, 3, 75, 130)  # exit codes of a rank that has said on the screen what there is to say
 GRACE = 60.0  # seconds for ranks that outlived a killed launcher to save and end
@@ -64,7 +63,7 @@ def run(ranks: int, arguments: Sequence[str], run_dir: Path) -> int:
     if stop.killed:
         _say("lora-scale: killed with Ctrl-C; the same command goes on from the last checkpoint")
         return 130
-    if code == 0 or not console.claim(run_dir, token):  # a rank has told
+    if code == 0 or not LastWords(run_dir, token).claim():  # a rank has told
         return code if code in TELLING else 1
     if stop.asked:  # before the ranks could listen to signals
         _say(f"lora-scale: {TOO_EARLY}")

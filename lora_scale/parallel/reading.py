@@ -1,5 +1,8 @@
 """Bytes of files to where they stay, by a few threads. Knows byte ranges and devices; no model, no ZeRO.
 
+What is stored in fp8 blocks is multiplied by its scales on the way, piece by piece: a piece reads the rows of scales
+that it touches and no more.
+
 A tensor-parallel shard of columns is one short run a row. On a shared file system a read of some kilobytes costs as
 much as one of megabytes, so the ranks of a group each read whole rows, a part of them, and exchange blocks of columns.
 """
@@ -16,15 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_scale.adapters import fp8
 from lora_scale.parallel.grid import Grid
 from lora_scale.spec.layout import ByteRange, Placement, TensorEntry, ranges_in, runs, zero_spans
 from lora_scale.storage.weights import Reader
 
 CHUNK = 8 << 20  # bytes a read; 12 threads x 2 pinned buffers x 8 MiB stay under 256 MiB of host memory
+FP8_CHUNK = CHUNK // 4  # so that its fp32 products are no larger than a CHUNK
 THREADS_GPU, THREADS_CPU = 12, 2  # one thread fills a GPU at 3.7 GB/s, twelve at 22 (docs/log.md)
 SHORT = 1 << 20  # bytes: runs below it are exchanged, not read, where the tensor is that large
 BATCH = 512 << 20  # bytes of whole rows that wait for an exchange
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,12 @@ class Piece:
 
     range: ByteRange
     target: Tensor
+    entry: TensorEntry
+
+    @property
+    def start(self) -> int:
+        """Of the run, in the flattened tensor."""
+        return (self.range.offset - self.entry.offset) // self.entry.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,12 @@ class _Columns:
         first, last = self.rows
         count = last - first
         return first + count * rank // self.place.tp_size, first + count * (rank + 1) // self.place.tp_size
+
+    def own_bytes(self, rank: int) -> ByteRange:
+        """The bytes of those rows."""
+        first, last = self.own_rows(rank)
+        row = self.entry.nbytes // self.entry.shape[0]
+        return ByteRange(self.entry.file, self.entry.offset + first * row, (last - first) * row, self.entry.dtype)
 
     @property
     def _width(self) -> int:
@@ -96,8 +113,8 @@ def read(wanted: list[Wanted], device: torch.device, grid: Grid, progress: Calla
     planned = [piece for one in wanted for piece in _plan(one)]
     direct = [piece for piece in planned if isinstance(piece, Piece)]
     columns = deque(piece for piece in planned if isinstance(piece, _Columns))
-    total = sum(piece.range.length for piece in direct)
-    total += sum(_own_bytes(column, grid) for column in columns)
+    total = sum(_nbytes(piece.entry, piece.range) for piece in direct)
+    total += sum(_nbytes(c.entry, chunk) for c in columns for chunk in _chunks(c.entry, [c.own_bytes(grid.tp_rank)]))
     with _Threads(device, lambda done: progress(done, total)) as threads:
         threads.fill(direct)
         while columns:
@@ -118,10 +135,7 @@ def _exchanged(batch: list[_Columns], threads: "_Threads", device: torch.device,
         row, _ = runs(column.entry.shape, column.place)
         first, last = column.own_rows(grid.tp_rank)
         waiting.append(torch.empty((last - first) * row, dtype=column.target.dtype, device=device))
-        whole = column.entry.whole()
-        size = column.entry.itemsize
-        span = ByteRange(whole.file, whole.offset + first * row * size, (last - first) * row * size, whole.dtype)
-        pieces += list(_cut([span], waiting[-1]))
+        pieces += list(_cut(column.entry, [column.own_bytes(grid.tp_rank)], waiting[-1]))
     error: Exception | None = None
     try:
         threads.fill(pieces)
@@ -138,12 +152,6 @@ def _exchanged(batch: list[_Columns], threads: "_Threads", device: torch.device,
     return True
 
 
-def _own_bytes(column: _Columns, grid: Grid) -> int:
-    row, _ = runs(column.entry.shape, column.place)
-    first, last = column.own_rows(grid.tp_rank)
-    return (last - first) * row * column.entry.itemsize
-
-
 def _plan(wanted: Wanted) -> Iterator[Piece | _Columns]:
     """How each of a parameter's tensors is fetched; every rank of a tensor-parallel group finds the same."""
     done = 0
@@ -155,21 +163,33 @@ def _plan(wanted: Wanted) -> Iterator[Piece | _Columns]:
         if entry.nbytes >= SHORT > shortest and 0 < sum(last - first for first, last in spans) < row:
             yield _Columns(entry, wanted.place, start, target)
         else:
-            yield from _cut(ranges_in(entry, wanted.place, start, stop), target)
+            yield from _cut(entry, ranges_in(entry, wanted.place, start, stop), target)
     wanted.target.narrow(0, done, wanted.target.numel() - done).zero_()
 
 
-def _cut(spans: Iterable[ByteRange], target: Tensor) -> Iterator[Piece]:
+def _cut(entry: TensorEntry, spans: Iterable[ByteRange], target: Tensor) -> Iterator[Piece]:
     """Reads of at most CHUNK bytes that fill a flat target; zeros where the ranges end before it does."""
     done = 0
-    for run in spans:
-        size = DTYPES[run.dtype].itemsize
-        for offset in range(0, run.length, CHUNK):
-            length = min(CHUNK, run.length - offset)
-            piece = ByteRange(run.file, run.offset + offset, length, run.dtype)
-            yield Piece(piece, target.narrow(0, done, length // size))
-            done += length // size
+    for chunk in _chunks(entry, spans):
+        numel = chunk.length // entry.itemsize
+        yield Piece(chunk, target.narrow(0, done, numel), entry)
+        done += numel
     target.narrow(0, done, target.numel() - done).zero_()
+
+
+def _chunks(entry: TensorEntry, spans: Iterable[ByteRange]) -> Iterator[ByteRange]:
+    step = FP8_CHUNK if entry.blocks else CHUNK
+    for run in spans:
+        for offset in range(0, run.length, step):
+            yield ByteRange(run.file, run.offset + offset, min(step, run.length - offset), run.dtype)
+
+
+def _nbytes(entry: TensorEntry, chunk: ByteRange) -> int:
+    """What is read for a chunk: its bytes, and the scales of its blocks."""
+    if entry.blocks is None:
+        return chunk.length
+    start = (chunk.offset - entry.offset) // entry.itemsize
+    return chunk.length + entry.blocks.scale_bytes(entry.shape[1], start, start + chunk.length).length
 
 
 class _Threads:
@@ -209,7 +229,7 @@ class _Threads:
                     break
                 landing.take(self._reader, piece)
                 with self._lock:
-                    self._done += piece.range.length
+                    self._done += _nbytes(piece.entry, piece.range)
                     self._progress(self._done)
         except BaseException:
             failed.set()
@@ -236,10 +256,10 @@ class _Landing:
         buffer = self._next_buffer()[: piece.range.length]
         reader.read_into(piece.range, memoryview(buffer.numpy()))
         if self.stream is None:
-            target.copy_(buffer.view(dtype))
+            target.copy_(_values(reader, piece, buffer.view(dtype)))
             return
         with torch.cuda.stream(self.stream):
-            target.copy_(buffer.view(dtype).to(self.device, non_blocking=True))
+            target.copy_(_values(reader, piece, buffer.view(dtype).to(self.device, non_blocking=True)))
             self.events[self.turn].record(self.stream)
 
     def _next_buffer(self) -> Tensor:
@@ -258,3 +278,11 @@ class _Landing:
     def finish(self) -> None:
         if self.stream is not None:
             self.stream.synchronize()
+
+
+def _values(reader: Reader, piece: Piece, stored: Tensor) -> Tensor:
+    """The elements that the stored ones stand for."""
+    if piece.entry.blocks is None:
+        return stored
+    scales = fp8.read_scales(reader, piece.entry, piece.start, piece.start + len(stored))
+    return fp8.dequantised(stored, piece.entry, piece.start, scales.to(stored.device))

@@ -119,7 +119,7 @@ def open_base(cfg: RunConfig, screen: Console) -> tuple[ModelFolder, str]:
     identity = on_rank_zero(lambda: fingerprint(folder))
     screen.line(
         f"base     {cfg.model.path}: {folder.config.get('model_type')}, {len(folder.files)} files, "
-        f"{size(folder.nbytes)}, {identity[:19]}"
+        f"{size(folder.nbytes)}{', fp8 blocks dequantised while read' if folder.has_blocks else ''}, {identity[:19]}"
     )
     return folder, identity
 

@@ -6,6 +6,7 @@ In fp32 both do the same operations in the same order, so any difference is a mi
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from lora_scale.adapters import initial, peft
 from lora_scale.adapters.lora import adapt
 from lora_scale.adapters.peft import Adapter
 from lora_scale.adapters.trained import restore
+from lora_scale.parallel import grid, load
+from lora_scale.spec.config import RunConfig
 from lora_scale.storage.folder import ModelFolder
 
 SHAPE = (2, 32)  # sequences, tokens
@@ -57,18 +60,17 @@ def _table(path: Path) -> dict[str, int]:
     return {row[0]: int(row[1]) for line in path.read_text().splitlines() if (row := line.split())}
 
 
-def compare(base: Path, exported: Path, trained: Adapter, dtype: str, trust_remote_code: bool = False) -> Comparison:
+def compare(
+    base: ModelFolder, exported: Path, trained: Adapter, dtype: str, trust_remote_code: bool = False
+) -> Comparison:
     """Logits of the base, of our layers, and of PEFT, for fixed token ids. Takes the time of loading the base once."""
     from peft import PeftModel  # seconds to import: only who verifies waits for them
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries say about themselves
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, trust_remote_code=trust_remote_code
-        ).eval()
+        model = _whole(base, trust_remote_code).eval()
         ids = torch.randint(model.config.vocab_size, SHAPE, generator=torch.Generator().manual_seed(0))
         plain = _logits(model, ids)
         layers = adapt(model, trained.lora_config(), seed=0)
@@ -92,6 +94,19 @@ def compare(base: Path, exported: Path, trained: Adapter, dtype: str, trust_remo
         moved=_largest(ours, plain),
         rounding=_largest(ours, exact),
     )
+
+
+def _whole(base: ModelFolder, trust_remote_code: bool) -> Any:
+    """The base in fp32, as transformers reads it; fp8 blocks by our reader, for transformers wants whole blocks."""
+    from transformers import AutoModelForCausalLM
+
+    if not base.has_blocks:
+        return AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    tree = {"model": {"path": str(base.path), "trust_remote_code": trust_remote_code}, "precision": "fp32"}
+    unused = {"data": {"train": "-"}, "run_dir": "-", "train": {"max_steps": 1}}  # a model is built without
+    model = load.empty(base, RunConfig.model_validate(tree | unused))
+    load.fill(model, base, torch.device("cpu"), None, {}, grid.alone())
+    return model
 
 
 @torch.no_grad()

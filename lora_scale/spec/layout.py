@@ -25,6 +25,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     itemsize: int
     offset: int  # bytes from the start of the file
+    blocks: "Blocks | None" = None  # set: the elements are to be multiplied by their blocks' scales
 
     @property
     def numel(self) -> int:
@@ -36,6 +37,25 @@ class TensorEntry:
 
     def whole(self) -> "ByteRange":
         return ByteRange(self.file, self.offset, self.nbytes, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The scales of a matrix stored in fp8, one for each block; the last block of a row or column may be cut."""
+
+    scales: TensorEntry  # (block rows, block columns)
+    rows: int  # of elements in a block
+    columns: int
+
+    def touched(self, columns: int, start: int, stop: int) -> tuple[int, int]:
+        """The rows of `scales` that elements [start, stop) of a flattened matrix of so many columns need."""
+        return start // columns // self.rows, (stop - 1) // columns // self.rows + 1
+
+    def scale_bytes(self, columns: int, start: int, stop: int) -> "ByteRange":
+        """Where those rows lie: one run of the file."""
+        first, last = self.touched(columns, start, stop)
+        row = self.scales.shape[1] * self.scales.itemsize
+        return ByteRange(self.scales.file, self.scales.offset + first * row, (last - first) * row, self.scales.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from lora_scale.spec.errors import InterruptedRunError
 
 PLAIN_EVERY = 30.0  # seconds between lines of progress where the output is no terminal
 REDRAW = 0.05  # seconds between states of the live line on one
+INTERRUPTED = InterruptedRunError.exit_code
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ECHO = 2.0  # seconds in which one Ctrl-C can arrive twice: from the terminal, and passed on by torchrun
 PATIENCE = 10.0  # seconds that set-up has to notice a signal, which a library waiting for other ranks does not
@@ -128,20 +129,38 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
-def claim(run_dir: Path, token: str) -> bool:
-    """True for the first process of this launch that asks: one error is shown, the one that came first."""
-    try:
-        os.close(os.open(_marker(run_dir, token), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        return False
-    except OSError:  # a full or vanished disk: better shown twice than never
+class LastWords:
+    """How this launch ends before its time: the first process to end so claims the screen, and leaves its exit code."""
+
+    def __init__(self, run_dir: Path, token: str):
+        self.token = token  # names the launch
+        self._run_dir = run_dir
+
+    def claim(self, code: int = 1) -> bool:
+        """True for the first process that asks: one end is told, the one that came first."""
+        try:
+            descriptor = os.open(_marker(self._run_dir, self.token), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            os.write(descriptor, str(code).encode())
+            os.close(descriptor)
+        except FileExistsError:
+            return False
+        except OSError:  # a full or vanished disk: better shown twice than never
+            return True
         return True
-    return True
 
+    def failed(self) -> bool:
+        """Whether some process has failed and said so."""
+        return self._claimed() not in ("", str(INTERRUPTED))
 
-def is_claimed(run_dir: Path, token: str) -> bool:
-    """Whether some process of this launch has failed and said so."""
-    return _marker(run_dir, token).exists()
+    def interrupted(self) -> bool:
+        """Whether some process was asked to end: a rank that then finds it gone has not failed."""
+        return self._claimed() == str(INTERRUPTED)
+
+    def _claimed(self) -> str:
+        try:
+            return _marker(self._run_dir, self.token).read_text()
+        except OSError:
+            return ""
 
 
 def forget_claims(run_dir: Path, but: str) -> None:
@@ -164,13 +183,13 @@ class StopRequest:
 
     The main thread may hang in a collective, where no Python handler runs. So a thread ends the process, without a
     save, at a second Ctrl-C; when set-up does not end by itself; and at a SIGTERM after another rank has failed
-    (`failed`), which a launcher sends to those that are left.
+    (`words`), which a launcher sends to those that are left.
     """
 
-    def __init__(self, screen: Console, failed: Callable[[], bool]):
+    def __init__(self, screen: Console, words: LastWords):
         self.asked = False
         self.in_loop = False
-        self._screen, self._failed = screen, failed
+        self._screen, self._words = screen, words
         self._over = False
         self._before: dict[int, Any] = {}
 
@@ -192,12 +211,16 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def cause(self, error: BaseException) -> BaseException:
+        """What ended the run: a signal before the loop also where a library took its exception for a fault."""
+        return InterruptedRunError(TOO_EARLY) if self.asked and not self.in_loop else error
+
     def over(self) -> None:
         """From here on signals change nothing: the process ends by itself, and has something to say."""
         self._over = True
 
     def _ask(self, number: int, _frame: object) -> None:
-        if self._over or self.asked or (number == signal.SIGTERM and self._failed()):
+        if self._over or self.asked or (number == signal.SIGTERM and self._words.failed()):
             return
         self.asked = True
         if not self.in_loop:
@@ -210,7 +233,7 @@ class StopRequest:
         with os.fdopen(self._wake, "rb", buffering=0) as signals:
             while number := signals.read(1):
                 now = time.monotonic()
-                if number[0] == signal.SIGTERM and self._failed():
+                if number[0] == signal.SIGTERM and self._words.failed():
                     self._end(1, "")
                 elif first is None:
                     first = now
@@ -224,14 +247,14 @@ class StopRequest:
     def _end_if_still_early(self) -> None:
         time.sleep(PATIENCE)
         if not self.in_loop:
-            self._end(75, TOO_EARLY)
+            self._end(INTERRUPTED, TOO_EARLY)
 
     def _end(self, code: int, text: str) -> None:
         """End the process now, unless it is about to do so by itself."""
         if self._over:
             return
         self._screen.clear()
-        if text:
-            self._screen.at_once(f"lora-scale: {text}")
+        if self._words.claim(code) and text:
+            self._screen.error(f"lora-scale: {text}")
         sys.stdout.flush()
         os._exit(code)

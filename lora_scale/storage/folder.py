@@ -18,7 +18,7 @@ from typing import Any
 from lora_scale.spec.errors import ModelError
 from lora_scale.spec.families import family
 from lora_scale.spec.layout import ByteRange, TensorEntry
-from lora_scale.storage import recognise, weights
+from lora_scale.storage import blocks, recognise, weights
 from lora_scale.storage.recognise import INDEX, SINGLE
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -36,7 +36,18 @@ class ModelFolder:
     config: dict[str, Any]  # config.json
     tensors: dict[str, TensorEntry]
     files: tuple[Path, ...]
-    nbytes: int  # of all tensors
+    nbytes: int  # of all tensors, as they are stored
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some of it is stored in fp8 blocks, to be dequantised while it is read."""
+        return any(entry.blocks for entry in self.tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors but the scales of blocks."""
+        scales = {entry.blocks.scales.name for entry in self.tensors.values() if entry.blocks}
+        return {name: entry.shape for name, entry in self.tensors.items() if name not in scales}
 
 
 def open_folder(path: Path | str, trust_remote_code: bool = False) -> ModelFolder:
@@ -62,9 +73,11 @@ def open_folder(path: Path | str, trust_remote_code: bool = False) -> ModelFolde
         found, _ = weights.read_safetensors(path / name)
         _agree_with_index(path / name, expected, found, tensors)
         tensors |= found
+    if (size := blocks.block_size(config)) is not None:
+        tensors = blocks.with_scales(tensors, size)
     for entry in tensors.values():
-        if entry.name.endswith("weight") and entry.dtype not in WEIGHT_DTYPES:
-            raise ModelError(f"{entry.file}: {entry.name} is {entry.dtype}; use a checkpoint in bf16, fp16 or fp32")
+        if entry.name.endswith("weight"):
+            _check_dtype(entry)
     if not tensors:
         raise ModelError(f"{path} holds no tensors; download it again")
     nbytes = sum(entry.nbytes for entry in tensors.values())
@@ -207,13 +220,19 @@ def _check_shapes(parameter: str, shape: tuple[int, ...], entries: Sequence[Tens
             f"{parameter}; config.json belongs to another model"
         )
     for entry in entries:
-        if entry.dtype not in WEIGHT_DTYPES:
-            raise ModelError(f"{entry.file}: {entry.name} is {entry.dtype}; use a checkpoint in bf16, fp16 or fp32")
+        _check_dtype(entry)
+
+
+def _check_dtype(entry: TensorEntry) -> None:
+    if entry.dtype not in WEIGHT_DTYPES and entry.blocks is None:
+        raise ModelError(f"{entry.file}: {entry.name} is {entry.dtype}; use a checkpoint in bf16, fp16 or fp32")
 
 
 def unused(folder: ModelFolder, used: Iterable[TensorEntry], tied: Mapping[str, str] | None = None) -> list[str]:
     """Names of file tensors that no parameter took, without those that are known to be harmless."""
-    taken = {entry.name for entry in used} | set(tied or {})
+    taken = set(tied or {})
+    for entry in used:
+        taken |= {entry.name, entry.blocks.scales.name} if entry.blocks else {entry.name}
     return [name for name in folder.tensors if name not in taken and not _HARMLESS.fullmatch(name)]
 
 

@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 
 from lora_scale.spec.errors import ModelError
 from lora_scale.spec.families import family
+from lora_scale.storage import blocks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _QUANTISED = {  # quant_method: (what it is, the way out)
-    "fp8": ("fp8 blocks with scales", "its bf16 release"),
+    "fp8": ("fp8 without weight_block_size", "its bf16 release"),
     "gptq": ("GPTQ integers", "the checkpoint it was quantised from"),
     "awq": ("AWQ integers", "the checkpoint it was quantised from"),
     "mxfp4": ("4-bit blocks with shared exponents", "a bf16 copy: from_pretrained with Mxfp4Config(dequantize=True)"),
@@ -63,10 +64,9 @@ def _base_of(path: Path) -> str:
 
 
 def refuse_quantised(path: Path, config: dict[str, Any], names: Set[str]) -> None:
-    """A quantised base, by the config of transformers or by the file that another tool leaves."""
-    text = config.get("text_config")
-    found = config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
-    if found:
+    """A quantised base, by the config of transformers or by the file that another tool leaves; fp8 in blocks passes."""
+    found = blocks.quantisation(config)
+    if found and blocks.block_size(config) is None:
         keys = found if isinstance(found, dict) else {}
         old = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(keys) else "an unnamed method"
         method = str(keys.get("quant_method") or old)
