@@ -96,7 +96,8 @@ def test_each_rank_holds_its_slice_and_the_group_reads_every_byte_once(
     weights = found[0]["weights"]
     assert 1.0 <= sum(one["counted"] for one in found) / (copies * weights) <= 1.02  # norms are read by both
     large = [size for one in found for size in one["sizes"] if size >= 1 << 19]
-    assert sum(large) > 0.8 * copies * weights, "the heavy matrices are read in long runs"
+    share = 0.75 if engine == "flat" and stage == 3 else 0.8  # a piece ends within a matrix: two shorter runs
+    assert sum(large) > share * copies * weights, "the heavy matrices are read in long runs"
 
 
 # --- replicas, checkpoints -------------------------------------------------------------------------------------------
