@@ -23,8 +23,8 @@ from lora_scale.parallel.serving import Served
 from lora_scale.parallel.waiting import first_rank_works
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec.errors import LoraScaleError, UsageError
-from lora_scale.storage import completions, console, hub, runlog
-from lora_scale.storage.console import Console, bar, size
+from lora_scale.storage import completions, hub, runlog
+from lora_scale.storage.console import Console, LastWords, bar, size
 from lora_scale.storage.staging import disk_errors, resumable_directory
 
 TASK = "generate.json"  # in the result: what was generated from
@@ -124,7 +124,7 @@ def _as_rank(
         traceback.print_exc()
         code, text = _told(error, here.rank if here else 0)
         screen.clear()
-        if console.claim(log.parent.parent, token):
+        if LastWords(log.parent.parent, token).claim(code):
             screen.error(f"lora-scale: {text}\n  log: {log}")
         if not isinstance(error, LoraScaleError):
             sys.stdout.flush()
