@@ -124,7 +124,8 @@ def _figures(run_dir: Path, run: dict[str, Any] | None = None) -> dict[str, Any]
     ranks = [rows_of for rows_of in read_memory(run_dir).values()]
     steps = [row for rows_of in ranks for row in rows_of if "categories" in row and row.get("phase") != "load"]
     planned = {"states": run["model_states"]["total"], "peak": run["allocated"]}
-    planned["reserved"] = run["allocated"] + run["waste"]
+    whole = manifest["hardware"].get("memory_gib", 1 << 20) * GIB - (run["needed"] - run["allocated"])
+    planned["reserved"] = round(min(run["allocated"] + run["waste"], whole))  # no more than there is
     measured = {"states": max(row["tracked"] - row["categories"]["gathered"] for row in steps)}
     if "peak_gib" in steps[0]:
         measured |= {"peak": round(GIB * max(row["peak_gib"] for row in steps))}

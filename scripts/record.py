@@ -18,7 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import memory_grid
 
 from lora_scale.commands.benching import tables as tables_of_bench
 from lora_scale.storage import provenance
@@ -125,6 +127,9 @@ def tables(arguments: argparse.Namespace) -> None:
         record = json.loads(path.read_text())
         if record.get("kind") == "bench":
             text += _bench(path.name, record)
+        elif record.get("kind") == "memory grid":
+            head = ["## Memory, predicted and measured", "", f"Record [{path.name}]({path.name}).", ""]
+            text += [*head, memory_grid.table(record), ""]
         elif "title" in record:
             text += _table(path.name, record)
         if "signals" in record:
