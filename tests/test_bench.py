@@ -261,9 +261,8 @@ def test_the_waterfall_has_a_bar_for_each_change(tmp_path: Path, capsys: pytest.
     assert bench("waterfall", str(RECORD), "--chart", "tp2", "--out", str(out)) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| PEFT + DeepSpeed ZeRO-3, as documented | 100b-peft-zero3 | 1,500 | 1.00x | 1.00x |",
-        "| our ZeRO-3, full recompute + kernels + tensor parallelism for ZeRO-3 | 100b-tp2-all "
-        "| 2,500 | 1.67x | 1.67x |",
-        "| recompute: auto | 100b-tp2 | 3,000 | 1.20x | 2.00x |",
+        "| tensor parallelism, full recompute | 100b-tp2-all-plain | 2,500 | 1.67x | 1.67x |",
+        "| recompute: auto + kernels, and layers that keep less | 100b-tp2 | 3,000 | 1.20x | 2.00x |",
     ]
     picture = out.read_text()
     assert (

@@ -41,6 +41,7 @@ ZERO3, TP2 = (), ("parallel.tensor_parallel_size=2", "parallel.zero_stage=0", "p
 WHOLE = ("parallel.zero_stage=0",)  # the base is not partitioned
 ALL, NONE, AUTO, FULL = "recompute=all", "recompute=none", "recompute=auto", "method=full"
 PLAIN = "kernels=none"  # transformers' own modules
+DEEPSPEED = "parallel.base_engine=deepspeed"  # gathers the base too
 DOCUMENTED = "--ckpt=1"  # the defaults of the script: what the documentation of PEFT and DeepSpeed says
 LEAF = ("--liger=1", "--leaf=1", "--prefetch=1.2e9")  # a decoder layer of this shape is 1.11e9 elements
 LEAST = "the least recompute that should fit"  # by arithmetic, not tried yet
@@ -90,10 +91,11 @@ CASES: dict[str, Case] = {
     "100b-tp2": _on_100b(*TP2, AUTO),
     "100b-zero3": _on_100b(*ZERO3, AUTO),
     "100b-zero3-collective": _on_100b(*ZERO3, AUTO, "parallel.base_transport=collective", note="all-gathers"),
-    "100b-zero3-deepspeed": _on_100b(*ZERO3, AUTO, "parallel.base_engine=deepspeed", note="DeepSpeed's own gathers"),
-    "100b-tp2-all": _on_100b(*TP2, ALL),
-    "100b-zero3-all": _on_100b(*ZERO3, ALL),
-    "100b-zero3-plain": _on_100b(*ZERO3, ALL, PLAIN, note="for the waterfall"),
+    "100b-zero3-deepspeed": _on_100b(*ZERO3, AUTO, DEEPSPEED, note="DeepSpeed's own gathers"),
+    "100b-zero3-deepspeed-plain": _on_100b(*ZERO3, AUTO, DEEPSPEED, PLAIN, note="for the waterfall"),
+    "100b-tp2-plain": _on_100b(*TP2, AUTO, PLAIN, note="for the waterfall"),
+    "100b-tp2-all-plain": _on_100b(*TP2, ALL, PLAIN, note="for the waterfall"),
+    "100b-tp2-overlap": _on_100b(*TP2, AUTO, "parallel.overlap=true", note="collectives behind products"),
     "100b-peft-zero3": _on_100b(DOCUMENTED, peer="peft_zero3", note="as documented"),
     "100b-peft-zero3-liger": _on_100b("--ckpt=1", *LEAF, peer="peft_zero3", note="Liger, leaf modules"),
     "100b-fsdp2-liger": _on_100b("--ckpt=1", "--liger=1", peer="peft_fsdp2", note="Liger"),
@@ -197,16 +199,15 @@ GATES: tuple[Gate, ...] = (
 WATERFALLS: dict[str, tuple[tuple[str, str], ...]] = {  # (what changed, case), from the peer's to ours
     "zero3": (
         ("PEFT + DeepSpeed ZeRO-3, as documented", "100b-peft-zero3"),
-        ("our ZeRO-3, full recompute", "100b-zero3-plain"),
-        ("kernels", "100b-zero3-all"),
-        ("recompute: auto", "100b-zero3"),
+        ("our ZeRO-3 through DeepSpeed, recompute: auto", "100b-zero3-deepspeed-plain"),
+        ("kernels, and layers that keep less", "100b-zero3-deepspeed"),
+        ("a flat base, read by copy engines", "100b-zero3"),
     ),
     "tp2": (
         ("PEFT + DeepSpeed ZeRO-3, as documented", "100b-peft-zero3"),
-        ("our ZeRO-3, full recompute", "100b-zero3-plain"),
-        ("kernels", "100b-zero3-all"),
-        ("tensor parallelism for ZeRO-3", "100b-tp2-all"),
-        ("recompute: auto", "100b-tp2"),
+        ("tensor parallelism, full recompute", "100b-tp2-all-plain"),
+        ("recompute: auto", "100b-tp2-plain"),
+        ("kernels, and layers that keep less", "100b-tp2"),
     ),
     "tiny": (("PEFT + DeepSpeed ZeRO-3", "tiny-peft-zero3"), ("ours", "tiny-zero3"), ("tp=2", "tiny-tp2")),
 }
