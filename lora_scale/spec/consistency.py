@@ -102,8 +102,8 @@ def _check_parallel(cfg: "RunConfig") -> None:
     parallel = cfg.parallel
     if parallel.overlap and not parallel.sequence_parallel:
         raise ValueError(
-            "parallel.overlap is true, but parallel.sequence_parallel is false, whose collectives it hides; set both, or "
-            "neither"
+            "parallel.overlap is true, but parallel.sequence_parallel is false, whose collectives it hides; set both "
+            "or neither"
         )
     if parallel.tensor_parallel_size > 1 and cfg.method != "lora":
         raise ValueError(
