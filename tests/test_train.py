@@ -65,7 +65,7 @@ def judge_quiet(end: End, launcher: bool = False) -> None:
 
 @pytest.mark.timeout(600)
 def test_every_way_of_starting_gives_the_same_losses(folder: Path) -> None:
-    alone = Command([*TRAIN, "run_dir=alone"], folder).end()
+    alone = Command([*TRAIN, "run_dir=alone", "parallel.base_engine=deepspeed"], folder).end()
     assert alone.code == 0, alone.screen
     judge_quiet(alone)
     wanted = losses(folder / "alone")
@@ -97,7 +97,7 @@ def _judge_interrupted(end: End, run: Path) -> None:
     """A live bar on the terminal, a Ctrl-C there, and a checkpoint of the step that was under way."""
     assert end.code == 75, end.screen
     assert re.search(rf"\rstep 1/{STEPS} █*░+ loss [\d.]+ ", end.screen), "no live line"
-    assert re.search(r"\rloading  █*░* .* of 21.7 kB a rank, .*B/s", end.screen), "no bar of loading"
+    assert re.search(r"\rloading  █*░* .* of [0-9.]+ kB a rank, .*B/s", end.screen), "no bar of loading"
     *_, last = end.lines
     told = re.search(
         rf"lora-scale: interrupted after step (\d+) of {STEPS}, checkpoint saved; the same command goes on", last
