@@ -115,14 +115,14 @@ PATCH = """\
 import os, signal, threading
 if os.environ.get("RANK") in {ranks!r}:
     from lora_scale.parallel import engine
-    original = engine.Engine.train_step
+    original = engine.Engine.start_step
 
-    def train_step(self, step, number, *rest):
+    def start_step(self, step, number, *rest):
         if number == 2:
             {fault}
         return original(self, step, number, *rest)
 
-    engine.Engine.train_step = train_step
+    engine.Engine.start_step = start_step
 """
 
 
