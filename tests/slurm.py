@@ -9,7 +9,7 @@ AuthType=auth/none
 CredType=cred/none
 SlurmUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir=/run/spool-%n
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -45,7 +45,7 @@ def start_slurm(hosts: Cluster, cpus: int = 4) -> dict[str, str]:
     env = {"SLURM_CONF": str(conf)}
     hosts[0].run("slurmctld -i", env=env, check=True)
     for host in hosts.hosts:
-        (folder / f"spool-{host.name}").mkdir()
+        host.run(f"mkdir -p /run/spool-{host.name}", check=True)  # a short path: slurmd puts sockets there
         host.run("slurmd", env=env, check=True)
     wait_for(lambda: hosts[0].run(["sinfo", "-h", "-o", "%T"], env=env).stdout.split() == ["idle"], "Slurm", 30.0)
     return env
