@@ -79,7 +79,7 @@ class _Columns:
     def own_bytes(self, rank: int) -> ByteRange:
         """The bytes of those rows."""
         first, last = self.own_rows(rank)
-        row = self.entry.nbytes // self.entry.shape[0]
+        row = runs(self.entry.shape, self.place)[0] * self.entry.itemsize
         return ByteRange(self.entry.file, self.entry.offset + first * row, (last - first) * row, self.entry.dtype)
 
     @property
