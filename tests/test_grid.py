@@ -77,19 +77,23 @@ def test_a_fault_is_seen(name: str, faulty: dict[str, Any]) -> None:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "stage", "engine"), [(2, 0, "flat"), (4, 3, "flat"), (4, 3, "deepspeed")])
+@pytest.mark.parametrize(
+    ("ranks", "tp", "stage", "engine"),
+    [(2, 2, 0, "flat"), (4, 2, 3, "flat"), (4, 2, 3, "deepspeed"), (4, 4, 0, "flat")],
+)
 def test_each_rank_holds_its_slice_and_the_group_reads_every_byte_once(
-    ranks: int, stage: int, engine: str, rows: Path, tmp_path: Path
+    ranks: int, tp: int, stage: int, engine: str, rows: Path, tmp_path: Path
 ) -> None:
-    """Matrices of 2 MiB, so that columns are exchanged, and small ones, that are read piece by piece."""
+    """Matrices of 2 MiB, so that columns are exchanged, and small ones, that are read piece by piece. Over four
+    tensor-parallel ranks a shard of rows is short too: the whole matrix is one row of an exchange."""
     sizes = {**HEADS, "hidden_size": 256, "intermediate_size": 2048, "attention_bias": True, "mlp_bias": True}
     folder = tiny_folder(tmp_path / "model", **sizes, dtype=torch.float32)
-    tree = tree_of(folder, rows, tmp_path / "run", 2, parallel__zero_stage=stage, parallel__base_engine=engine)
+    tree = tree_of(folder, rows, tmp_path / "run", tp, parallel__zero_stage=stage, parallel__base_engine=engine)
     found = run_ranks(ranks, "grid_cases:loaded_parts", tree, folder=tmp_path / "ranks")
-    copies = 1 if stage == 3 else ranks // 2
+    copies = 1 if stage == 3 else ranks // tp
     assert [one["wrong"] for one in found] == [[]] * ranks
     for name, (_, _, numel) in found[0]["spans"].items():
-        for shard in (0, 1):
+        for shard in range(tp):
             kept = sorted(set(one["spans"][name][:2] for one in found if one["shard"] == shard))
             owned = [i for first, last in kept for i in (first, last) if first < last]
             assert [0, *owned[1:-1:2]] == owned[::2] and owned[-1] == numel, (name, kept)
