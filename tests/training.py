@@ -232,3 +232,23 @@ def assert_equal(ours: Trace, theirs: Trace, tolerance: float = 1e-5) -> None:
         assert error <= tolerance, f"gradient of {name} is off by {error:.2e}"
     torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), rtol=tolerance, atol=0)
     torch.testing.assert_close(torch.tensor(ours.norms), torch.tensor(theirs.norms), rtol=5 * tolerance, atol=0)
+
+
+def deviations(ours: Trace, theirs: Trace) -> dict[str, float]:
+    """The largest relative errors of losses, norms and gradients, what `assert_equal` asserts about; a gradient that is
+    missing or whose reference is zero counts as infinitely wrong."""
+    wrong = float("inf")
+    pairs = [(ours.gradients.get(name), wanted) for name, wanted in theirs.gradients.items()]
+    gradients = [wrong if g is None or not w.norm() else float((g - w).norm() / w.norm()) for g, w in pairs]
+
+    def relative(found: list[float], wanted: list[float]) -> float:
+        if len(found) != len(wanted):
+            return wrong
+        return max(abs(a - b) / abs(b) if a == a else wrong for a, b in zip(found, wanted, strict=True))
+
+    extra = ours.gradients.keys() != theirs.gradients.keys()
+    return {
+        "losses": relative(ours.losses, theirs.losses),
+        "norms": relative(ours.norms, theirs.norms),
+        "gradients": wrong if extra else max(gradients),
+    }

@@ -156,6 +156,7 @@ class Engine:
         self._splits = tensor_parallel.factor_splits(model, splits)
         self._shared = tensor_parallel.shared_elements(model, splits, grid)
         deepspeed = importlib.import_module("deepspeed")
+        deepspeed.utils.groups.mpu = None  # DeepSpeed would ask that of a run before this one in this process
         with _no_base_broadcast():
             self.ds, *_ = deepspeed.initialize(
                 model=model,

@@ -1,0 +1,189 @@
+"""The grid of tensor-parallel layouts against one process of Hugging Face + PEFT: its cases, how one is run and judged,
+and the command that runs all of them and writes a record.
+
+    python tests/parallel_grid.py --jobs 2 --out docs/benchmarks/NAME.json [--model llama]...
+
+In fp32, both factors non-zero, clipping active, 20 steps. The cases of one model and world size share a launch of
+ranks; `--jobs` launches run beside each other.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ranks import run_ranks
+from tiny import tiny_folder
+from training import Trace, config, deviations, reference, write_rows
+
+from lora_scale.storage import provenance
+
+TOLERANCE = 1e-5  # relative; norms five times that (training.assert_equal says why)
+_HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
+# family: changes to its tiny config, so that four ranks can share the heads
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**_HEADS, "attention_bias": True, "mlp_bias": True},
+    "mistral": {**_HEADS, "sliding_window": 6},
+    "qwen2": _HEADS,
+    "qwen3": _HEADS,
+    "gemma2": _HEADS,
+    "gemma3_text": _HEADS,
+    "phi3": _HEADS,
+    "gpt2": {},
+    "falcon": {"multi_query": True},
+    "falcon, grouped": {
+        "new_decoder_architecture": True,
+        "num_attention_heads": 8,
+        "num_kv_heads": 4,
+        "bias": True,
+    },
+    "qwen3_moe": _HEADS,
+    "mixtral": _HEADS,
+    "gpt_neox": {},
+}
+LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # data parallel x tensor parallel
+# ZeRO stage, recompute, dropout of the adapter; and sequence parallel in half of them, with and without each
+WAYS = [
+    (stage, recompute, dropout, (stage == 3) ^ (recompute == "all") ^ (dropout > 0))
+    for stage, recompute, dropout in itertools.product((3, 0), ("all", "none"), (0.0, 0.1))
+]
+Case = tuple[str, int, int, int, str, float, bool]
+
+
+def name_of(model: str, dp: int, tp: int, stage: int, recompute: str, dropout: float, sequence: bool) -> str:
+    shared = ", sequence parallel" if sequence and tp > 1 else ""
+    return f"{model} {dp}x{tp} ZeRO-{stage} recompute {recompute} dropout {dropout}{shared}"
+
+
+def folder_of(model: str, place: Path) -> Path:
+    """A tiny random checkpoint of a row of MODELS, written where it is not there."""
+    folder = place / model.replace(", ", "-")
+    return folder if folder.exists() else tiny_folder(folder, model.partition(",")[0], **MODELS[model])
+
+
+def tree_of(
+    folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: str, dropout: float, sequence: bool
+) -> dict[str, Any]:
+    """One pass a step under ZeRO-3; at stage 0 passes of one block, accumulated, whose collectives hide (overlap)."""
+    return config(
+        folder,
+        rows,
+        rows.parent / "run",
+        data__packing=False,
+        model__attention="eager" if "gemma2" in folder.name else "sdpa",
+        train__global_batch_size=4,
+        train__micro_batch_size=4 // dp if stage else 1,
+        parallel__tensor_parallel_size=tp,
+        parallel__sequence_parallel=sequence and tp > 1,
+        parallel__overlap=sequence and tp > 1 and stage == 0,
+        parallel__zero_stage=stage,
+        recompute=recompute,
+        lora__dropout=dropout,
+    )
+
+
+def cases_of(world: int, names: list[str]) -> list[Case]:
+    grid = [(dp, tp) for dp, tp in LAYOUTS if dp * tp == world]
+    return [(name, *layout, *way) for name in names for layout in grid for way in WAYS]
+
+
+def covering(world: int) -> list[Case]:
+    """For Llama all ways together over the layouts; one way for each other family, another one for each."""
+    layouts = [layout for layout in LAYOUTS if prod(layout) == world and layout[1] > 1]
+    here = {2: (0, 1, 6, 7), 4: (2, 3, 4, 5)}[world]
+    found: list[Case] = [("llama", *layouts[i % len(layouts)], *WAYS[i]) for i in here]
+    if world == 2:
+        others = [name for name in MODELS if name != "llama"]
+        found += [(name, 1, 2, *WAYS[i % len(WAYS)]) for i, name in enumerate(others)]
+        found.append(("llama", 1, 2, 0, "none", 0.0, True))  # nothing recomputed, nothing dropped, all hidden
+    return found
+
+
+def run(world: int, cases: Sequence[Case], place: Path, rows: Path) -> list[dict[str, Any]]:
+    """A row for each case: its largest relative errors, and whether each is within its tolerance."""
+    folders = {case[0]: folder_of(case[0], place) for case in cases}
+    trees = {name_of(*case): tree_of(folders[case[0]], rows, *case[1:]) for case in cases}
+    ranks = place / f"ranks-{time.monotonic_ns()}"
+    traces = run_ranks(world, "training:run_cases", trees, folder=ranks, timeout=len(cases) * 20 + 60)[0]
+    references: dict[tuple[str, float], Trace] = {}
+    found = []
+    for case in cases:
+        key = (case[0], case[5])
+        if key not in references:
+            references[key] = reference(tree_of(folders[case[0]], rows, 1, 1, 0, "none", case[5], False))
+        errors = deviations(traces[name_of(*case)], references[key])
+        equal = max(errors["gradients"], errors["losses"], errors["norms"] / 5) <= TOLERANCE
+        found.append(
+            {"case": name_of(*case), "equal": equal, **{what: float(f"{e:.2e}") for what, e in errors.items()}}
+        )
+    return found
+
+
+def unequal(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in found if not row["equal"]]
+
+
+def _part(model: str, world: int) -> list[dict[str, Any]]:
+    """All cases of one model and world size in a process of its own; a row that says so where it fails."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "rows.json"
+        command = [sys.executable, __file__, "--part", model, str(world), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = json.loads(out.read_text()) if out.exists() else []
+    if not found:
+        found = [{"case": f"{model}, {world} ranks", "equal": False, "failed": done.stderr.strip().splitlines()[-3:]}]
+    print(f"{model}, {world} ranks: {len(found)} cases, {len(unequal(found))} not equal", flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="launches of ranks at once")
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="this model only; may be repeated")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", nargs=2, metavar=("MODEL", "RANKS"), help="one launch, its rows alone")
+    args = parser.parse_args()
+    if args.part:
+        model, world = args.part[0], int(args.part[1])
+        with tempfile.TemporaryDirectory() as place:
+            rows = write_rows(Path(place) / "rows.jsonl")
+            args.out.write_text(json.dumps(run(world, cases_of(world, [model]), Path(place), rows)))
+        return 0
+    commit = provenance.commit()
+    if not commit or commit.endswith("+changes"):
+        raise SystemExit("parallel_grid: a record names its commit; commit all changes first")
+    begun, parts = time.monotonic(), list(itertools.product((4, 2), args.model or MODELS))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = [row for rows in pool.map(lambda part: _part(part[1], part[0]), parts) for row in rows]
+    bad = unequal(found)
+    record = {
+        "what": "tensor parallelism, alone and under ZeRO, against one process of Hugging Face + PEFT: largest "
+        f"relative errors of 20 losses, 20 gradient norms and every gradient of step 1; equal within {TOLERANCE}",
+        "command": " ".join(["python tests/parallel_grid.py", *sys.argv[1:]]),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "versions": provenance.versions(),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, gloo",
+        "seconds": round(time.monotonic() - begun, 1),
+        "cases": len(found),
+        "not_equal": len(bad),
+        "rows": found,
+    }
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{len(found)} cases, {len(bad)} not equal, {record['seconds']} s", *bad, sep="\n")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
