@@ -479,7 +479,7 @@ def test_a_wrong_shape_is_named_with_both(tmp_path: Path) -> None:
 
 
 def test_wrong_experts_are_named(tmp_path: Path) -> None:
-    tiny_folder(tmp_path, "mixtral", torch.float32, files=2)
+    tiny_folder(tmp_path, "mixtral", torch.float32, files=2, intermediate_size=48)
     folder = open_folder(tmp_path)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert len(sources(folder, name, (4, 96, 32), "model")) == 8

@@ -47,10 +47,10 @@ TINY: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "num_experts": 4,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
+        "moe_intermediate_size": 32,
         "mlp_only_layers": [0],
     },
-    "mixtral": {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {**_SIZES, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 

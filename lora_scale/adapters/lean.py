@@ -164,7 +164,7 @@ def dropped(x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
     """`drop(x)`, where `drop` multiplies each element by what does not depend on it, the same at every call."""
     y, before = _Dropped.apply(x, drop), marks.origin(x)
     if before.share is not None:  # made again are this rank's tokens only, and the mask is for all of them
-        before = marks.Origin(marks.itself, (x.detach(),))
+        before = marks.Origin(marks.itself, (marks.kept(x),))
     return marks.with_origin(y, marks.Origin(lambda *kept: drop(before.make(*kept)), before.kept))
 
 

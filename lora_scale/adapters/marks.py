@@ -74,7 +74,7 @@ class Sum:
         return total
 
 
-Arrival = tuple[int, Callable[[], Any]]  # so many rows more, and what waits for them
+Arrival = tuple[int, int, Callable[[], Any]]  # first row, how many, and what waits for them
 
 
 def let_readers_add(x: Tensor, total: Sum) -> None:
@@ -138,6 +138,17 @@ def sum_of(x: Tensor) -> Sum | None:
     if total is not None:
         total.expect()
     return total
+
+
+def lent(y: Tensor) -> Tensor:
+    """`y` lies in memory that will soon hold something else."""
+    y._lent = True  # type: ignore[attr-defined]
+    return y
+
+
+def kept(x: Tensor) -> Tensor:
+    """The values of `x`, to be kept until backward."""
+    return x.detach().clone() if hasattr(x, "_lent") else x.detach()
 
 
 def itself(x: Tensor) -> Tensor:

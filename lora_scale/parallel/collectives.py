@@ -68,43 +68,31 @@ def _sum(x: Tensor, group: Any) -> Tensor:
     return y
 
 
-def chunks(batch: int, own_tokens: int) -> int:
-    """How many runs the tokens are cut into, of each of which every rank has its part. Two hide a collective behind a
-    product (`parallel.overlap`), where a batch is one block."""
-    return 2 if batch == 1 and own_tokens % 2 == 0 else 1
-
-
 def _gather(x: Tensor, group: Any) -> Tensor:
-    """(batch, tokens, features) of each rank, in the order of the tokens."""
+    """(batch, tokens, features) of each rank, in the order of the ranks."""
     ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
-    count = chunks(batch, tokens)
     parts = x.new_empty(ranks * batch, tokens, features)
     x = x.contiguous()
     with exposed(x.device):
         dist.all_gather_into_tensor(parts, x, group=group)
-    parts = parts.view(ranks, batch, count, tokens // count, features).permute(1, 2, 0, 3, 4)
-    return parts.reshape(batch, ranks * tokens, features)
+    return parts.view(ranks, batch, tokens, features).transpose(0, 1).reshape(batch, ranks * tokens, features)
 
 
 def _scatter(x: Tensor, group: Any) -> Tensor:
     """The sum over the ranks, of this rank's share of the tokens."""
     ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
     own = x.new_empty(batch, tokens // ranks, features)
-    parts = _by_rank(x, ranks).contiguous()
+    parts = _by_rank(x, ranks)
     with exposed(x.device):
-        dist.reduce_scatter_tensor(own, parts, group=group)
+        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group)
     return own
 
 
 def _take(x: Tensor, group: Any) -> Tensor:
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    return _by_rank(x, ranks).view(ranks, x.shape[0], -1, x.shape[2])[rank].contiguous()
+    return _by_rank(x, dist.get_world_size(group))[dist.get_rank(group)]
 
 
 def _by_rank(x: Tensor, ranks: int) -> Tensor:
-    """(batch, tokens, features) as (ranks x batch, tokens of one rank, features)."""
+    """(batch, tokens, features) as (ranks, batch, tokens of one rank, features)."""
     batch, tokens, features = x.shape
-    own = tokens // ranks
-    count = chunks(batch, own)
-    cut = x.reshape(batch, count, ranks, own // count, features).permute(2, 0, 1, 3, 4)
-    return cut.reshape(ranks * batch, own, features)
+    return x.reshape(batch, ranks, tokens // ranks, features).transpose(0, 1).contiguous()

@@ -54,11 +54,11 @@ def serve(
 
     Collective over all ranks. `on_host` keeps the adapters in host memory until they are used.
     """
-    parallel = cfg.parallel.model_copy(update={"base_engine": "deepspeed"})
-    cfg = cfg.model_copy(update={"parallel": parallel})  # the flat base's hooks are those of training
+    parallel = cfg.parallel.model_copy(update={"base_engine": "deepspeed", "overlap": False})
+    cfg = cfg.model_copy(update={"parallel": parallel})  # the flat base's hooks, and what hides, are those of training
     model = on_every_rank(lambda: load.empty(folder, cfg))
     layers = resident.insert(model, {name for _, adapter in adapters.values() for name in adapter.modules})
-    cuts = on_every_rank(lambda: setup.cut(cfg, model, folder, grid))
+    cuts, _ = on_every_rank(lambda: setup.cut(cfg, model, folder, grid))
     model.requires_grad_(False).eval()
     freeze_linears(model)
     device, partitioner = grid.world.device, None

@@ -190,7 +190,9 @@ def start_engine(
     world = grid.world
     found = samples.read(cfg, folder, grid)
     parameters = count(model)
-    cuts = on_every_rank(lambda: cut(cfg, model, folder, grid))
+    cuts, note = on_every_rank(lambda: cut(cfg, model, folder, grid))
+    if note:
+        screen.line(f"note     {note}")
     if cfg.kernels == "auto":
         share_inputs(model)
     recompute.apply(model, cfg.recompute)
@@ -243,10 +245,11 @@ def _partitioner(
     return flat.FlatBase(layers, way, grid.world.device)
 
 
-def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> dict[str, Split]:
-    """Make the model this rank's tensor-parallel part of itself; how its base is to be cut while it is read."""
+def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> tuple[dict[str, Split], str]:
+    """Make the model this rank's tensor-parallel part of itself; how its base is to be cut while it is read, and a note
+    for the user ("": none). Collective."""
     if grid.tp_size == 1:
-        return {}
+        return {}, ""
     try:
         found = splits.splits(shapes.architecture(folder.config), grid.tp_size)
     except ModelError as error:
@@ -255,8 +258,7 @@ def cut(cfg: RunConfig, model: nn.Module, folder: ModelFolder, grid: Grid) -> di
     row = family(str(folder.config["model_type"]))
     assert row is not None, "splits() refuses such a model"
     ways = {"sequence_parallel": cfg.parallel.sequence_parallel, "overlaps": cfg.parallel.overlap}
-    tensor_parallel.apply(model, row, found, grid, **ways)
-    return found
+    return found, tensor_parallel.apply(model, row, found, grid, **ways)
 
 
 def count(model: nn.Module) -> Parameters:

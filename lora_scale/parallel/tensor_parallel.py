@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_scale.adapters.lora import adapted_layers, file_name
-from lora_scale.parallel import collectives, overlap, recompute
+from lora_scale.parallel import collectives, exchange, overlap, recompute
 from lora_scale.parallel.grid import Grid
 from lora_scale.spec.families import Family, has_suffix
 from lora_scale.spec.splits import Part, Split
@@ -68,11 +68,13 @@ def apply(
     *,
     sequence_parallel: bool = False,
     overlaps: bool = False,
-) -> None:
-    """Cut the adapters and put the operators around the layers; the base may be on meta, whole."""
+) -> str:
+    """Cut the adapters and put the operators around the layers; the base may be on meta, whole. A note for the user,
+    "" where there is none. Collective."""
     _cut_adapters(model, factor_splits(model, splits), grid)
     enter = collectives.gather_sequence if sequence_parallel else collectives.sum_gradient
     leave = collectives.scatter_sequence if sequence_parallel else collectives.sum_ranks
+    hidden, note = exchange.choose(grid.world, grid.tp_group) if sequence_parallel and overlaps else (None, "")
     modules = dict(model.named_modules())
     blocks: set[str] = set()
     for parameter in splits:
@@ -86,13 +88,11 @@ def apply(
             blocks.add(block)
         elif has_suffix(module, row.colwise):
             blocks.add(module.rpartition(".")[0])
-        elif has_suffix(module, row.rowwise):
-            by_chunks = sequence_parallel and overlaps and overlap.scatter_output(modules[module], grid.tp_group)
-            if not by_chunks:
-                _after(modules[module], leave, grid)
+        elif has_suffix(module, row.rowwise) and not (hidden and overlap.scatter_output(modules[module], hidden)):
+            _after(modules[module], leave, grid)
     for block in blocks:
-        by_chunks = sequence_parallel and overlaps and overlap.reads_by_chunks(modules[block])
-        _before(modules[block], overlap.gather_for_readers if by_chunks else enter, grid)
+        enters = overlap.gatherer(hidden) if hidden and overlap.reads_in_parts(modules[block]) else enter
+        _before(modules[block], enters, grid)
         _divide(modules[block], row.divided, grid.tp_size)
     _cut_vocabulary(model, grid)
     if sequence_parallel:
@@ -100,6 +100,7 @@ def apply(
         _after(_last_norm(model), collectives.gather_sequence, grid)
     else:
         _before(model.get_output_embeddings(), collectives.sum_gradient, grid)  # type: ignore[operator]
+    return note
 
 
 def _last_norm(model: nn.Module) -> nn.Module:

@@ -57,7 +57,7 @@ class OneSided:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        own, self._handle = _symmetric(nbytes, device, self._group)
+        own, self._handle = symmetric(nbytes, device, self._group)
         self._ranks = [self._handle.get_buffer(rank, (nbytes,), torch.uint8, 0) for rank in range(self.size)]
         self._ranks[self.rank] = own
         return own.zero_()
@@ -78,12 +78,12 @@ def choose(world: World, group: Any, wanted: str) -> tuple[Transport, str]:
     """The transport over a group, and a note for the user where it is not the one that is faster. Collective."""
     if wanted == "collective" or world.device.type != "cuda":
         return Collective(group), ""
-    if problem := _problem(world, group):
-        return Collective(group), f"the base is gathered by all-gathers: {problem}"
+    if why := problem(world, group):
+        return Collective(group), f"the base is gathered by all-gathers: {why}"
     return OneSided(group), ""
 
 
-def _problem(world: World, group: Any) -> str:
+def problem(world: World, group: Any) -> str:
     """Why the ranks of a group cannot read each other's memory; the same answer on every rank, "" if they can."""
     places: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(places, (socket.gethostname(), world.local_rank), group=group)
@@ -91,10 +91,10 @@ def _problem(world: World, group: Any) -> str:
         return "its ranks are on several hosts"
     seen = [device for _, device in places if device != world.local_rank and device < torch.cuda.device_count()]
     apart = not all(torch.cuda.can_device_access_peer(world.device, device) for device in seen)
-    if problem := _first(group, "some GPUs have no access to each other" if apart else ""):
-        return problem
+    if why := first(group, "some GPUs have no access to each other" if apart else ""):
+        return why
     try:
-        own, handle = _symmetric(512, world.device, group)
+        own, handle = symmetric(512, world.device, group)
         own.fill_(dist.get_rank(group) + 1)
         torch.cuda.synchronize(world.device)
         dist.barrier(group)
@@ -103,17 +103,17 @@ def _problem(world: World, group: Any) -> str:
         dist.barrier(group)  # nobody gives its memory back while another reads it
     except Exception as error:  # drivers, containers and builds of torch refuse in many ways
         found = f"symmetric memory is not to be had here ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-    return _first(group, found)
+    return first(group, found)
 
 
-def _first(group: Any, problem: str) -> str:
+def first(group: Any, problem: str) -> str:
     """The first rank's problem that has one."""
     problems: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     return next(filter(None, problems), "")
 
 
-def _symmetric(nbytes: int, device: torch.device, group: Any) -> tuple[Tensor, Any]:
+def symmetric(nbytes: int, device: torch.device, group: Any) -> tuple[Tensor, Any]:
     """Memory that every rank of the group has mapped, and the handle to it. Collective."""
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed, and not to be had on every machine
     symmetric = importlib.import_module("torch.distributed._symmetric_memory")

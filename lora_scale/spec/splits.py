@@ -11,6 +11,8 @@ from lora_scale.spec.architecture import Architecture, Parameter
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import Family, family, has_suffix
 
+EXPERTS_UNIT = 8  # torch's grouped product wants rows of multiples of 16 bytes: 8 features in 16-bit precision
+
 Span = tuple[int, int]  # [start, stop) along the cut dim
 
 
@@ -121,8 +123,10 @@ def _indivisible(model: Architecture, row: Family, found: dict[str, Split], rank
     for parameter in model.parameters:
         if parameter.kind in ("table", "output") or parameter.name not in found:
             continue
-        if odd := [part.size for part in found[parameter.name].parts if part.kept == "pieces" and part.size % ranks]:
-            return f"{odd[0]} features of {parameter.module.rpartition('.')[2]}"
+        unit = ranks * EXPERTS_UNIT if parameter.kind == "experts" and ranks > 1 else ranks
+        if odd := [part.size for part in found[parameter.name].parts if part.kept == "pieces" and part.size % unit]:
+            runs = f" (in runs of {EXPERTS_UNIT})" if unit > ranks else ""
+            return f"{odd[0]} features of {parameter.module.rpartition('.')[2]}{runs}"
     return ""
 
 
