@@ -8,6 +8,7 @@ from lora_scale.spec.errors import UsageError
 OURS = "lora_scale"
 MODELS: dict[str, tuple[str, int | None]] = {  # preset of scripts/make_checkpoint.py, decoder layers (None: all)
     "tiny": ("tiny", None),
+    "llama-1b": ("1b", None),
     "llama-7.2b": ("8b", None),
     "slice-22.9b": ("100b", 20),
     "slice-34.0b": ("100b", 30),
@@ -51,6 +52,11 @@ def _on_7b(gpus: int, *settings: str, peer: str | None = None, note: str = "") -
     return Case(model="llama-7.2b", gpus=gpus, micro=2, blocks=2 * gpus, peer=peer, settings=settings, note=note)
 
 
+def _pair(model: str, *settings: str) -> Case:
+    """One block on one GPU through ZeRO-3's engine, which full fine-tuning needs for its masters."""
+    return Case(model=model, gpus=1, blocks=1, settings=(*ZERO3, *settings))
+
+
 def _on_slice(model: str, gpus: int, *settings: str, peer: str | None = None, note: str = "") -> Case:
     return Case(model=model, gpus=gpus, blocks=gpus, peer=peer, settings=settings, note=note)
 
@@ -69,7 +75,15 @@ CASES: dict[str, Case] = {
     "7b-1gpu-peft-liger-compile-layers": _on_7b(
         1, "--ckpt=0", "--liger=1", "--compile=layers", peer="peft_single", note="torch.compile layer by layer"
     ),
-    # point 5: LoRA and full fine-tuning
+    # point 5: LoRA and full fine-tuning, the same job
+    "1b-1gpu-lora": _pair("llama-1b", NONE),
+    "1b-1gpu-full": _pair("llama-1b", NONE, FULL),
+    "1b-1gpu-lora-all": _pair("llama-1b", ALL),
+    "1b-1gpu-full-all": _pair("llama-1b", ALL, FULL),
+    "7b-1gpu-lora": _pair("llama-7.2b", NONE),
+    "7b-1gpu-full": _pair("llama-7.2b", NONE, FULL),
+    "7b-1gpu-lora-all": _pair("llama-7.2b", ALL),
+    "7b-1gpu-full-all": _pair("llama-7.2b", ALL, FULL),
     "7b-2gpu-lora": _on_7b(2, *ZERO3, NONE),
     "7b-2gpu-full": _on_7b(2, *ZERO3, NONE, FULL),
     "7b-2gpu-lora-all": _on_7b(2, *ZERO3, ALL),
@@ -191,6 +205,10 @@ GATES: tuple[Gate, ...] = (
         "the same over PEFT+Liger+torch.compile: speed at equal memory, or equal speed at less memory",
         (_speed_or_memory(1.05, 1.0), _speed_or_memory(1.0, 0.8)),
     ),
+    _ratio(5, "LoRA over full fine-tuning, llama-7.2b, one GPU, no recompute", 1.40, "7b-1gpu-lora", "7b-1gpu-full"),
+    _ratio(5, "the same, full recompute", 1.27, "7b-1gpu-lora-all", "7b-1gpu-full-all"),
+    _ratio(5, "LoRA over full fine-tuning, llama-1b, one GPU, no recompute", None, "1b-1gpu-lora", "1b-1gpu-full"),
+    _ratio(5, "the same, full recompute", None, "1b-1gpu-lora-all", "1b-1gpu-full-all"),
     _ratio(5, "LoRA over full fine-tuning, llama-7.2b, no recompute", 1.40, "7b-2gpu-lora", "7b-2gpu-full"),
     _ratio(5, "LoRA over full fine-tuning, llama-7.2b, full recompute", 1.27, "7b-2gpu-lora-all", "7b-2gpu-full-all"),
     _ratio(5, "the same, each in the best layout that fits", None, "7b-2gpu-lora-best", "7b-2gpu-full-best"),
