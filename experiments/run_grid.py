@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """The declared grid of experiments (grid.yaml): its cells, a queue that can be left and taken up, and the tables.
 
-Knows cells and records; training is `lora-scale train`'s, scoring `score_run.py`'s, each a process of its own.
+Knows cells and records; training and scoring are `grid_worker.py`'s, of which several work on the queue at once.
 
     python experiments/run_grid.py list [PATTERN]        cells, and where each stands
-    python experiments/run_grid.py run [PATTERN] --jobs 4 --minutes 9
+    python experiments/run_grid.py run [PATTERN] --jobs 8 --minutes 9
     python experiments/run_grid.py rerun CELL            once more beside its record, and both compared
     python experiments/run_grid.py tables                means, spreads and intervals, from records alone
+    python experiments/run_grid.py collect --out runs/paper docs/benchmarks/NAME.json    all records as one
 
-A cell is trained, scored, and written down as one JSON file, which is whole or not there. When the minutes are over
-training is asked to stop (SIGTERM): it saves, and the next call goes on from there.
+A worker imports and starts once, then does cell after cell: it trains one by what `lora-scale train` runs, scores it as
+it stands in memory, and writes it down as one JSON file, which is whole or not there. Learning rates come first; a cell
+that needs one waits until all values of its method on its task are known. When the minutes are over workers are asked
+to stop (SIGTERM): a run under way saves, and the next call goes on from there; a GPU machine that is taken away loses
+at most a cell a worker.
 """
 
 import argparse
@@ -17,15 +21,13 @@ import fnmatch
 import json
 import math
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,10 @@ from lora_scale.storage import provenance
 from lora_scale.storage.durable import write_text_atomically
 
 HERE = Path(__file__).parent
-INTERRUPTED = 75  # exit code of `lora-scale train` that was asked to stop
 ATTEMPTS = 2
+RESTARTS = 20  # workers that may take the place of one that a fault ended
+LATENCY = "latency.jsonl"  # in the folder of records: the lines of experiments/latency.py
+GRACE = 20.0  # seconds to finish a step and save it, once asked to stop
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided, by df
 MARGINS = {"rouge_l": 0.005, "accuracy": 0.01}  # by how much LoRA may be worse than full fine-tuning
 
@@ -63,37 +67,59 @@ def read_grid(path: Path = HERE / "grid.yaml") -> dict[str, Any]:
 
 
 def cells(grid: dict[str, Any]) -> Iterator[Cell]:
-    """Every cell, the learning rates' first; an equal number of values and seeds for every method."""
-    pairs = {(task, method) for e in grid["experiments"].values() for task in e["tasks"] for method in e["of"]}
-    for task, method in sorted(pairs):
-        row = grid["methods"][method]
+    """Every cell, in the order of work: learning rates first, with as many values and rows for every method."""
+    pairs = {(task, method): None for e in grid["experiments"].values() for task in e["tasks"] for method in e["of"]}
+    for task, method in pairs:
+        row, rows = grid["methods"][method], grid["tasks"][task]["tuning_rows"]
         for lr in row["lr"]:
-            overrides = {**row["keys"], "train.lr": lr, "seed": grid["tuning_seed"]}
+            overrides = {**row["keys"], "train.lr": lr, "seed": grid["tuning_seed"], "data.max_rows": rows}
             yield Cell(f"tune/{task}/{method}/lr{lr:g}", task, method, overrides)
     for experiment, row in grid["experiments"].items():
-        for task in row["tasks"]:
-            for method, variants in row["of"].items():
-                for variant, changes in variants.items():
-                    for seed in grid["seeds"]:
-                        overrides = {**grid["methods"][method]["keys"], **changes, "seed": seed}
-                        label = variant if variant == method or len(row["of"]) == 1 else f"{method}-{variant}"
-                        yield Cell(f"{experiment}/{task}/{label}/seed{seed}", task, method, overrides)
+        if experiment == grid["prompting"].get("before"):
+            yield from _prompted(grid)
+        yield from _trained(grid, experiment, row)
+    if "before" not in grid["prompting"]:
+        yield from _prompted(grid)
+
+
+def _trained(grid: dict[str, Any], experiment: str, row: dict[str, Any]) -> Iterator[Cell]:
+    for task in row["tasks"]:
+        for method, variants in row["of"].items():
+            for variant, changes in variants.items():
+                label = variant if variant == method or len(row["of"]) == 1 else f"{method}-{variant}"
+                for seed in row.get("seeds", grid["seeds"]):
+                    overrides = {**grid["methods"][method]["keys"], **changes, "seed": seed}
+                    yield Cell(f"{experiment}/{task}/{label}/seed{seed}", task, method, overrides)
+
+
+def _prompted(grid: dict[str, Any]) -> Iterator[Cell]:
     for task in grid["prompting"]["tasks"]:
         for shots in grid["prompting"]["shots"]:
             yield Cell(f"prompting/{task}/k{shots}/seed0", task, "", {}, shots)
 
 
-def chosen_lr(grid: dict[str, Any], cell: Cell, out: Path) -> float | None:
-    """The method's learning rate with the least validation loss on this task; None while some are not known."""
+def _tuning(grid: dict[str, Any], cell: Cell) -> dict[float, str]:
+    """Learning rate -> the cell that tries it."""
+    return {lr: f"tune/{cell.task}/{cell.method}/lr{lr:g}" for lr in grid["methods"][cell.method]["lr"]}
+
+
+def is_ready(grid: dict[str, Any], cell: Cell, out: Path) -> bool:
+    """Whether all that the cell needs to know is known."""
+    if cell.tunes or not cell.method:
+        return True
+    return all(record_path(out, name).is_file() for name in _tuning(grid, cell).values())
+
+
+def chosen_lr(grid: dict[str, Any], cell: Cell, out: Path) -> float:
+    """The method's learning rate with the least validation loss on this task."""
     found = {}
-    for lr in grid["methods"][cell.method]["lr"]:
-        record = read_record(out, f"tune/{cell.task}/{cell.method}/lr{lr:g}")
-        if record is None:
-            return None
+    for lr, name in _tuning(grid, cell).items():
+        record = read_record(out, name)
+        assert record is not None, f"{cell.name} before {name}"
         if (loss := record.get("val_loss")) is not None:
             found[lr] = loss
     if not found:
-        raise SystemExit(f"run_grid: {cell.name}: every learning rate of {cell.method} failed on {cell.task}")
+        raise LookupError(f"every learning rate of {cell.method} failed on {cell.task}")
     return min(found, key=found.__getitem__)
 
 
@@ -121,8 +147,12 @@ def config_of(grid: dict[str, Any], cell: Cell, run: Path, lr: float | None) -> 
     return tree
 
 
+def file_name(cell: str) -> str:
+    return cell.replace("/", "__")
+
+
 def record_path(out: Path, name: str) -> Path:
-    return out / "records" / f"{name.replace('/', '__')}.json"
+    return out / "records" / f"{file_name(name)}.json"
 
 
 def read_record(out: Path, name: str) -> dict[str, Any] | None:
@@ -130,85 +160,51 @@ def read_record(out: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-class Queue:
-    """Works on cells with a few processes at once until the time is up."""
+def write_record(out: Path, name: str, record: dict[str, Any]) -> None:
+    path = record_path(out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, json.dumps(record, indent=1) + "\n")
 
-    def __init__(self, grid: dict[str, Any], out: Path, minutes: float, device: str):
-        self.grid, self.out, self.device = grid, out, device
-        self.deadline = time.monotonic() + 60 * minutes
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.lock = threading.Lock()
-        self.commit = provenance.commit()
 
-    def work(self, todo: Sequence[Cell], jobs: int) -> None:
-        """Tuning first: what depends on it waits for all of it."""
-        with ThreadPoolExecutor(jobs) as pool:
-            timer = threading.Timer(max(0.0, self.deadline - time.monotonic()), self.stop)
-            timer.daemon = True
-            timer.start()
-            for stage in (True, False):
-                for future in [pool.submit(self.finish, cell) for cell in todo if cell.tunes is stage]:
-                    future.result()
-            timer.cancel()
-
-    def stop(self) -> None:
-        with self.lock:
-            for process in self.running:
-                process.send_signal(signal.SIGTERM)
-
-    def finish(self, cell: Cell) -> None:
-        """Train and score one cell; nothing is written when the time was up before."""
-        if time.monotonic() > self.deadline or read_record(self.out, cell.name) is not None:
-            return
-        lr = None
-        if cell.method and not cell.tunes and (lr := chosen_lr(self.grid, cell, self.out)) is None:
-            return
-        for attempt in range(1, ATTEMPTS + 1):
-            began = time.monotonic()
-            result = self.once(cell, self.out / "runs" / cell.name.replace("/", "__"), lr)
-            if result is None:  # interrupted
-                return
-            if "failed" not in result or attempt == ATTEMPTS:
-                break
-        record = {"cell": cell.name, "commit": self.commit, "versions": provenance.versions(), "lr": lr, **result}
-        record["seconds"] = round(time.monotonic() - began, 1)
-        path = record_path(self.out, cell.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, json.dumps(record, indent=1) + "\n")
-        print(f"{cell.name}: {summary(record)}", flush=True)
-
-    def once(self, cell: Cell, run: Path, lr: float | None) -> dict[str, Any] | None:
-        """One try: the scores, or what failed; None when it was interrupted."""
-        run.mkdir(parents=True, exist_ok=True)
-        result, config = run / "score.json", run / "grid.yaml"
-        task = json.dumps(self.grid["tasks"][cell.task])
-        score = [str(HERE / "score_run.py"), "--task", task, "--out", str(result), "--device", self.device]
-        if not cell.method:
-            score += ["--base", self.grid["model"], "--shots", str(cell.shots)]
-        else:
-            with config.open("w") as file:
-                YAML().dump(config_of(self.grid, cell, run, lr), file)
-            if (code := self.process(["-m", "lora_scale", "train", str(config), "--ranks", "1"], run)) != 0:
-                return None if code == INTERRUPTED or self.is_over() else {"failed": f"training, exit code {code}"}
-            score += ["--run", str(run)]
-            score += ["--no-test"] if cell.tunes else []
-        if (code := self.process(score, run)) != 0:
-            return None if self.is_over() else {"failed": f"scoring, exit code {code}"}
-        return json.loads(result.read_text())
-
-    def is_over(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    def process(self, arguments: Sequence[str], run: Path) -> int:
-        with (run / "output.txt").open("ab") as log:
-            process = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT)
-            with self.lock:
-                self.running.add(process)
+def run_workers(grid: Path, pattern: str, out: Path, jobs: int, minutes: float) -> None:
+    """Keep `jobs` workers at the queue until it is empty or the time is up; tells each record as it comes."""
+    deadline = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "grid_worker.py"), "--grid", str(grid), "--out", str(out)]
+    told = {path.name for path in (out / "records").glob("*.json")}
+    running: list[subprocess.Popen[bytes]] = []
+    left, starts = jobs, jobs + RESTARTS
+    try:
+        while time.monotonic() < deadline and (left or running):
+            while len(running) < left and starts:
+                log = (out / f"worker-{jobs + RESTARTS - starts:03d}.txt").open("ab")
+                running.append(subprocess.Popen([*command, "--pattern", pattern], stdout=log, stderr=log))
+                log.close()
+                starts -= 1
+            time.sleep(0.5)
+            _tell(out, told)
+            ended = [process for process in running if process.poll() is not None]
+            running = [process for process in running if process not in ended]
+            if ended and (not starts or any(process.returncode == 0 for process in ended)):
+                left = len(running)  # nothing is left to begin; the others finish what they are at
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
             try:
-                return process.wait()
-            finally:
-                with self.lock:
-                    self.running.discard(process)
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    _tell(out, told)
+
+
+def _tell(out: Path, told: set[str]) -> None:
+    for path in sorted((out / "records").glob("*.json")):
+        if path.name not in told:
+            told.add(path.name)
+            record = json.loads(path.read_text())
+            print(f"{record['cell']}: {summary(record)}, {record['seconds']} s", flush=True)
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -225,38 +221,61 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def tables(grid: dict[str, Any], out: Path) -> str:
+def read_records(grid: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
+    """Cell -> record, of those that have one."""
+    found = {cell.name: read_record(out, cell.name) for cell in cells(grid)}
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def tables(grid: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
     """Markdown, from records alone; a cell without one is counted as missing."""
     groups: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     missing: dict[str, int] = {}
     for cell in cells(grid):
-        experiment, task, variant, seed = cell.name.split("/")
-        if cell.tunes:
-            continue
-        record = read_record(out, cell.name)
-        if record is None:
+        experiment, task, variant, seed = cell.name.split("/") if not cell.tunes else ("tune", "", "", "")
+        if cell.name not in records:
             missing[experiment] = missing.get(experiment, 0) + 1
-        else:
-            groups.setdefault(f"{experiment}, {task}", {}).setdefault(variant, {})[seed] = record
+        elif not cell.tunes:
+            groups.setdefault(f"{experiment}, {task}", {}).setdefault(variant, {})[seed] = records[cell.name]
+    for experiment, row in grid["experiments"].items():
+        for variant, place in row.get("also", {}).items():  # what another experiment has run already
+            for title, variants in groups.items():
+                if title.startswith(f"{experiment}, "):
+                    names = {f"seed{seed}": place.format(task=title.split(", ")[1], seed=seed) for seed in row["seeds"]}
+                    variants[variant] = {seed: records[name] for seed, name in names.items() if name in records}
     lines = []
     for title, variants in groups.items():
         metric = grid["tasks"][title.split(", ")[1]]["metric"]
-        lines += [
-            f"## {title}",
-            "",
-            f"| | parameters | test NLL | {metric} | seeds | failed |",
-            "|---|--:|--:|--:|--:|--:|",
-        ]
-        for variant, records in variants.items():
-            whole = [record for record in records.values() if "failed" not in record]
-            row = [variant, f"{whole[0]['trainable']:,}" if whole else "-"]
-            row += [_mean([record[key] for record in whole]) for key in ("test_nll", metric)]
-            lines.append(f"| {' | '.join(row)} | {len(whole)} | {len(records) - len(whole)} |")
-        lines += ["", *_verdicts(variants, metric), ""]
-    lines += (
-        [f"Not run: {', '.join(f'{count} cells of {name}' for name, count in missing.items())}."] if missing else []
-    )
+        lines += [f"### {title}", "", *_table(variants, metric), "", *_verdicts(variants, metric)]
+    lines += _chosen(grid, records)
+    if missing:
+        lines.append(f"Not run: {', '.join(f'{count} cells of {name}' for name, count in missing.items())}.")
     return "\n".join(lines) + "\n"
+
+
+def _table(variants: dict[str, dict[str, dict[str, Any]]], metric: str) -> Iterator[str]:
+    extra = ["exact_match"] if metric == "rouge_l" else []
+    yield f"| | parameters | learning rate | test NLL | {' | '.join([metric, *extra])} | seeds | failed |"
+    yield f"|---|--:|--:|--:|{'--:|' * (1 + len(extra))}--:|--:|"
+    for variant, records in variants.items():
+        whole = [record for record in records.values() if "failed" not in record]
+        row = [variant, f"{whole[0]['trainable']:,}" if whole else "-"]
+        row.append(f"{whole[0]['lr']:g}" if whole and whole[0].get("lr") else "-")
+        row += [_mean([record[key] for record in whole]) for key in ("test_nll", metric, *extra)]
+        yield f"| {' | '.join(row)} | {len(whole)} | {len(records) - len(whole)} |"
+
+
+def _chosen(grid: dict[str, Any], records: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The validation losses by which learning rates were chosen."""
+    pairs = {(cell.task, cell.method) for cell in cells(grid) if cell.tunes and cell.name in records}
+    if not pairs:
+        return
+    yield from ("### learning rates, by validation loss", "", "| | | | |", "|---|--:|--:|--:|")
+    for task, method in sorted(pairs):
+        tried = [(lr, records.get(f"tune/{task}/{method}/lr{lr:g}", {})) for lr in grid["methods"][method]["lr"]]
+        losses = [f"{lr:g}: {one['val_loss']:.4f}" if one.get("val_loss") else f"{lr:g}: -" for lr, one in tried]
+        yield f"| {task}, {method} | {' | '.join(losses)} |"
+    yield ""
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -280,38 +299,81 @@ def _verdicts(variants: dict[str, dict[str, dict[str, Any]]], metric: str) -> It
         )
 
 
-def rerun(grid: dict[str, Any], cell: Cell, out: Path, minutes: float, device: str) -> None:
-    """One cell anew in a folder of its own, with the learning rate that was chosen; then both scores."""
+def rerun(grid: Path, cell: Cell, out: Path, minutes: float) -> None:
+    """One cell anew in a folder of its own, with the learning rates that were found; then both scores."""
     again = out / "again"
-    for lr in grid["methods"][cell.method]["lr"] if cell.method and not cell.tunes else ():
-        name = f"tune/{cell.task}/{cell.method}/lr{lr:g}"
-        target = record_path(again, name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(record_path(out, name).read_text())
+    for name in _tuning(read_grid(grid), cell).values() if cell.method and not cell.tunes else ():
+        if record := read_record(out, name):
+            write_record(again, name, record)
     record_path(again, cell.name).unlink(missing_ok=True)
-    shutil.rmtree(again / "runs" / cell.name.replace("/", "__"), ignore_errors=True)
-    Queue(grid, again, minutes, device).work([cell], 1)
+    shutil.rmtree(again / "runs" / file_name(cell.name), ignore_errors=True)
+    run_workers(grid, cell.name, again, 1, minutes)
     for label, folder in (("before", out), ("again", again)):
         record = read_record(folder, cell.name)
         print(f"{label:<7} {summary(record) if record else 'no record'}")
 
 
+def collect(grid: dict[str, Any], out: Path, to: Path) -> None:
+    """All records as one, for docs/benchmarks; what all share is said once."""
+    records = read_records(grid, out)
+    if not records:
+        raise SystemExit(f"run_grid: {out} has no records")
+    first = next(iter(records.values()))
+    shared = {key: first[key] for key in ("commit", "versions", "device")}
+    rows = [{key: value for key, value in one.items() if shared.get(key) != value} for one in records.values()]
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"kind": "paper", "title": "The paper's experiments on real data", "made": made, **shared}
+    if (timed := out / LATENCY).is_file():
+        record["latency"] = [json.loads(line) for line in timed.read_text().splitlines()]
+    text = json.dumps({**record, "grid": grid, "cells": "CELLS"}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a line a cell
+    write_text_atomically(to, text.replace('"CELLS"', f"[\n{lines}\n ]") + "\n")
+
+
+def tables_of(record: dict[str, Any]) -> str:
+    """The tables of what `collect` wrote."""
+    page = tables(record["grid"], {one["cell"]: one for one in record["cells"]})
+    return page + "".join(f"{line}\n" for line in _latency(record.get("latency", [])))
+
+
+def _latency(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What experiments/latency.py printed: milliseconds of a forward pass, and how much longer than without."""
+    if not rows:
+        return
+    settings = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
+    base = {(row["batch"], row["tokens"]): row["median_ms"] for row in rows if row["method"].startswith("base")}
+    yield from ("", f"### latency, {rows[0]['shape']}: ms a forward pass, median (quartiles)", "")
+    yield f"| | {' | '.join(f'batch {batch}, {tokens} tokens' for batch, tokens in settings)} |"
+    yield f"|---|{'--:|' * len(settings)}"
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = {(row["batch"], row["tokens"]): row for row in rows if row["method"] == method}
+        texts = [
+            f"{one['median_ms']:.2f} ({one['quartiles_ms'][0]:.2f}-{one['quartiles_ms'][1]:.2f}), "
+            f"{one['median_ms'] / base[setting] - 1:+.1%}"
+            for setting in settings
+            if (one := found.get(setting))
+        ]
+        yield f"| {method} | {' | '.join(texts)} |"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("verb", choices=["list", "run", "rerun", "tables"])
-    parser.add_argument("pattern", nargs="?", default="*", help="cells by name, * and ? as in file names")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["list", "run", "rerun", "tables", "collect"])
+    parser.add_argument("pattern", nargs="?", default="*", help="cells by name, * and ? as in file names; a file")
     parser.add_argument("--grid", type=Path, default=HERE / "grid.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"))
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once")
+    parser.add_argument("--jobs", type=int, default=1, help="workers at once, all on the GPUs that are visible")
     parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     grid = read_grid(args.grid)
+    if args.verb == "collect":
+        collect(grid, args.out, Path(args.pattern))
+        return 0
     chosen = [cell for cell in cells(grid) if fnmatch.fnmatchcase(cell.name, args.pattern)]
     if not chosen:
         raise SystemExit(f"run_grid: no cell is called {args.pattern}; see `list`")
     if args.verb == "tables":
-        print(tables(grid, args.out), end="")
+        print(tables(grid, read_records(grid, args.out)), end="")
     elif args.verb == "list":
         for cell in chosen:
             record = read_record(args.out, cell.name)
@@ -321,9 +383,9 @@ def main() -> int:
         if commit is None or "+" in commit:
             raise SystemExit("run_grid: a record names its commit; commit all changes first")
         if args.verb == "run":
-            Queue(grid, args.out, args.minutes, args.device).work(chosen, args.jobs)
+            run_workers(args.grid, args.pattern, args.out, args.jobs, args.minutes)
         elif len(chosen) == 1:
-            rerun(grid, chosen[0], args.out, args.minutes, args.device)
+            rerun(args.grid, chosen[0], args.out, args.minutes)
         else:
             raise SystemExit(f"run_grid: rerun takes one cell, {args.pattern} names {len(chosen)}")
     return 0

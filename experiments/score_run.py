@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_scale.adapters import baselines, lora, peft
+from lora_scale.adapters.lean import make_lean
 from lora_scale.parallel import checkpoint, recompute
+from lora_scale.parallel.vocabulary import IGNORED
 from lora_scale.spec.baselines import prefix_tokens
 from lora_scale.spec.config import RunConfig
 from lora_scale.storage import checkpoints, runlog
 
-BATCH = 32
+ROWS, TOKENS = 256, 16_384  # of a batch at most; tokens with their padding
 
 
 def load_run(run: Path, device: str) -> tuple[nn.Module, RunConfig]:
@@ -53,7 +55,18 @@ def load_run(run: Path, device: str) -> tuple[nn.Module, RunConfig]:
             if parameter.requires_grad:
                 parameter.copy_(stored.pop(peft.key(name) if cfg.method == "lora" else name))
     assert not stored, f"{newest} has more than the model trains: {list(stored)[:3]}"
+    if cfg.kernels == "auto":
+        make_lean(model)  # the arithmetic that the run trained with
     return model.to(device).eval(), cfg
+
+
+def load_base(path: str, device: str) -> nn.Module:
+    """The base alone, in the arithmetic of a run's."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    make_lean(model)
+    return model.to(device).eval()
 
 
 class Scorer:
@@ -70,42 +83,62 @@ class Scorer:
     def losses(self, pairs: Sequence[tuple[str, str]], ended: bool = True) -> list[tuple[float, int]]:
         """(summed loss, tokens) of each completion after its prompt; `ended`: with the end-of-text token."""
         end = [self.tokenizer.eos_token_id] if ended else []
-        rows = [(self.ids(prompt), self.ids(completion, special=False) + end) for prompt, completion in pairs]
-        found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            batch = [[self.pad] * self.prefix + rows[i][0] + rows[i][1] for i in chosen]
-            width = max(map(len, batch))
+        prompts = [[self.pad] * self.prefix + self.ids(prompt) for prompt, _ in pairs]
+        targets = [self.ids(completion, special=False) + end for _, completion in pairs]
+        found: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
+        for chosen in _batches([len(a) + len(b) for a, b in zip(prompts, targets, strict=True)]):
+            batch = [prompts[i] + targets[i] for i in chosen]
+            width, first = max(map(len, batch)), min(len(prompts[i]) for i in chosen)
             ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in batch], device=self.device)
-            positions = torch.arange(width, device=self.device).expand_as(ids)  # padding comes last: it disturbs nobody
-            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
-            for line, i in enumerate(chosen):
-                n = len(rows[i][1])
-                first = len(batch[line]) - n
-                target = ids[line, first : first + n]
-                loss = F.cross_entropy(logits[line, first - 1 : first + n - 1].float(), target, reduction="sum")
-                found[i] = (loss.item(), n)
+            labels = [[IGNORED] * len(prompts[i]) + targets[i] for i in chosen]
+            aim = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels], device=self.device)[:, first:]
+            positions = torch.arange(width, device=self.device)  # padding comes last: it disturbs nobody
+            logits = self.model(
+                input_ids=ids,
+                position_ids=positions.expand_as(ids),
+                use_cache=False,
+                logits_to_keep=positions[first - 1 : -1],
+            ).logits
+            each = F.cross_entropy(logits.float().flatten(0, 1), aim.flatten(), ignore_index=IGNORED, reduction="none")
+            for i, loss in zip(chosen, each.view_as(aim).sum(1).tolist(), strict=True):
+                found[i] = (loss, len(targets[i]))
         return found
 
     @torch.inference_mode()
     def completions(self, prompts: Sequence[str], new_tokens: int) -> list[str]:
         """The first line of each greedy completion; prompts stand at the right, so that all end together."""
         lines = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            batch = [[self.pad] * self.prefix + self.ids(prompts[i]) for i in chosen]
-            width = max(map(len, batch))
-            ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in batch], device=self.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=self.device)
+        rows = [[self.pad] * self.prefix + self.ids(prompt) for prompt in prompts]
+        for chosen in _batches([len(row) + new_tokens for row in rows], tokens=4 * TOKENS):
+            width = max(len(rows[i]) for i in chosen)
+            gaps = [width - len(rows[i]) for i in chosen]
+            ids = [[self.pad] * gap + rows[i] for gap, i in zip(gaps, chosen, strict=True)]
+            mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
             tokens: Tensor = self.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=self.pad
+                input_ids=torch.tensor(ids, device=self.device),
+                attention_mask=torch.tensor(mask, device=self.device),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                use_cache=True,  # a model that was trained has it off
+                pad_token_id=self.pad,
+                eos_token_id=self.tokenizer.eos_token_id,
             )
             texts = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 lines[i] = text.strip().split("\n")[0].strip()
         return lines
+
+
+def _batches(lengths: Sequence[int], tokens: int = TOKENS) -> Iterator[list[int]]:
+    """Numbers of rows of like length, the longest first, so many together as a batch may hold."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == ROWS or (len(batch) + 1) * lengths[batch[0]] > tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def read_rows(path: Path, count: int | None = None) -> list[dict[str, Any]]:
@@ -134,6 +167,24 @@ def score(scorer: Scorer, task: dict[str, Any], shown: str = "") -> dict[str, An
     return result | {"rouge_l": sum(best) / len(best), "exact_match": sum(exact) / len(exact)}
 
 
+def facts(run: Path) -> dict[str, Any]:
+    """What the run's own records say of it."""
+    rows = runlog.read_metrics(run)
+    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    return {
+        "trainable": runlog.read_manifest(run)["parameters"]["trainable"],
+        "steps": rows[-1]["step"],
+        "val_loss_before": validated[0] if validated else None,
+        "val_loss": validated[-1] if validated else None,
+    }
+
+
+def shown_examples(task: dict[str, Any], shots: int) -> str:
+    """The first `shots` training rows as they stand before a prompt."""
+    examples = read_rows(Path(task["data"]) / "train.jsonl", shots)
+    return "".join(f"{row['prompt']}{row['completion']}\n\n" for row in examples)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="run directory of a finished run")
@@ -146,24 +197,17 @@ def main() -> int:
     args = parser.parse_args()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder; nothing is to be fetched
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     result: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
-    shown = ""
-    if args.run:
-        rows = runlog.read_metrics(args.run)
-        result["val_loss"] = next((row["val_loss"] for row in reversed(rows) if row.get("val_loss") is not None), None)
-        result["trainable"] = runlog.read_manifest(args.run)["parameters"]["trainable"]
+    result |= facts(args.run) if args.run else {"trainable": 0}
     if not args.no_test:
         if args.run:
             model, cfg = load_run(args.run, device)
-            path, prefix = cfg.model.path, prefix_tokens(cfg)
+            path, prefix, shown = cfg.model.path, prefix_tokens(cfg), ""
         else:
-            path, prefix = args.base, 0
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
-            examples = read_rows(Path(args.task["data"]) / "train.jsonl", args.shots)
-            shown = "".join(f"{row['prompt']}{row['completion']}\n\n" for row in examples)
-            result["trainable"] = 0
+            path, prefix, shown = args.base, 0, shown_examples(args.task, args.shots)
+            model = load_base(path, device)
         result |= score(Scorer(model, AutoTokenizer.from_pretrained(path), prefix, device), args.task, shown)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import memory_grid
+import run_grid
 
 from lora_scale.commands.benching import tables as tables_of_bench
 from lora_scale.storage import provenance
@@ -127,6 +129,9 @@ def tables(arguments: argparse.Namespace) -> None:
         record = json.loads(path.read_text())
         if record.get("kind") == "bench":
             text += _bench(path.name, record)
+        elif record.get("kind") == "paper":
+            head = [f"## {record['title']}", "", f"{record['device']}; commit `{record['commit'][:10]}`;"]
+            text += [*head, f"record [{path.name}]({path.name}).", "", run_grid.tables_of(record), ""]
         elif record.get("kind") == "memory grid":
             head = ["## Memory, predicted and measured", "", f"Record [{path.name}]({path.name}).", ""]
             text += [*head, memory_grid.table(record), ""]

@@ -1,7 +1,11 @@
 """experiments/: converters on small samples of each format, the two packaged tasks, the declared grid, and scoring."""
 
+import copy
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -24,6 +28,10 @@ from lora_scale.parallel import recompute
 from lora_scale.spec import configfile, cost, states
 from lora_scale.spec.named import shape
 from lora_scale.spec.shapes import architecture
+from lora_scale.storage.runlog import read_metrics
+
+REPOSITORY = Path(__file__).parent.parent
+HERE = REPOSITORY / "experiments"
 
 TRIPLE = {"subject": "Aarhus_Airport", "property": "cityServed", "object": '"Aarhus, Denmark"'}
 LEX = [{"lex": "It serves Aarhus.", "comment": "good"}, {"lex": "A.", "comment": "bad"}]
@@ -175,6 +183,7 @@ def test_a_key_is_in_one_split_only() -> None:
 
 
 GRID = run_grid.read_grid()
+EXPERIMENTS = GRID["experiments"]
 
 
 def test_every_cell_is_a_run_that_can_be_loaded(tmp_path: Path) -> None:
@@ -192,8 +201,17 @@ def test_every_method_gets_as_much() -> None:
     """As many learning rates, and as many seeds: none is searched harder than another."""
     tried = Counter(tuple(cell.name.split("/")[1:3]) for cell in run_grid.cells(GRID) if cell.tunes)
     assert set(tried.values()) == {3}
-    seeds = Counter(cell.name.rpartition("/")[0] for cell in run_grid.cells(GRID) if cell.method and not cell.tunes)
-    assert set(seeds.values()) == {5} and GRID["tuning_seed"] not in GRID["seeds"]
+    seeds: dict[str, set[int]] = {}
+    for cell in run_grid.cells(GRID):
+        if cell.method and not cell.tunes:
+            name, _, number = cell.name.rpartition("/seed")
+            seeds.setdefault(name, set()).add(int(number))
+    of = {experiment: [s for n, s in seeds.items() if n.startswith(f"{experiment}/")] for experiment in EXPERIMENTS}
+    assert all(each == of[experiment][0] for experiment in of for each in of[experiment])
+    assert of["methods"][0] == set(GRID["seeds"]) and len(GRID["seeds"]) == 5
+    assert GRID["tuning_seed"] not in GRID["seeds"]
+    lengths = {cell.overrides.get("data.max_rows") for cell in run_grid.cells(GRID) if cell.tunes}
+    assert lengths == {task["tuning_rows"] for task in GRID["tasks"].values()}
 
 
 def test_matrices_are_compared_at_one_budget(tmp_path: Path) -> None:
@@ -255,45 +273,133 @@ def toy(folder: Path) -> dict[str, Any]:
     for split in get_tasks.SPLITS:
         rows = [{"prompt": f"the weather {i}", "completion": " old" if i % 2 else " new"} for i in range(12)]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"rows": 12, "seq_len": 64, "metric": "accuracy", "test_rows": 6, "answers": ["old", "new"]}
-    return {**TINY, "model": str(base), "tasks": {"toy": {"data": str(data), **task}}}
+    task = {
+        "rows": 12,
+        "tuning_rows": 12,
+        "seq_len": 64,
+        "metric": "accuracy",
+        "test_rows": 6,
+        "answers": ["old", "new"],
+    }
+    return {**copy.deepcopy(TINY), "model": str(base), "tasks": {"toy": {"data": str(data), **task}}}
 
 
-def test_the_queue_writes_a_cell_once_and_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base prompted, by the real command; the second cell's data are not there, which is tried again and kept."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    grid = toy(tmp_path)
-    broken = {**grid["tasks"]["toy"], "data": str(tmp_path / "nowhere")}
-    grid["tasks"]["gone"] = broken
-    grid["prompting"] = {"shots": [1], "tasks": ["toy", "gone"]}
-    todo = [cell for cell in run_grid.cells(grid) if cell.name.startswith("prompting/")]
-    late = run_grid.Queue(grid, tmp_path / "out", minutes=0, device="cpu")
-    late.work(todo, jobs=1)
-    assert not (tmp_path / "out").exists(), "no time, no cell"
-    queue = run_grid.Queue(grid, tmp_path / "out", minutes=5, device="cpu")
-    queue.work(todo, jobs=2)
-    good, gone = (run_grid.read_record(tmp_path / "out", f"prompting/{task}/k1/seed0") for task in ("toy", "gone"))
-    assert good and good["trainable"] == 0 and 0 <= good["accuracy"] <= 1
-    assert gone and gone["failed"] == "scoring, exit code 1"
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()}
-    queue.work(todo, jobs=2)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "records").iterdir()} == before
-    assert "failed" not in run_grid.tables(grid, tmp_path / "out").partition("| failed |")[0]
+def cell_of(grid: dict[str, Any], name: str) -> run_grid.Cell:
+    (found,) = [cell for cell in run_grid.cells(grid) if cell.name == name]
+    return found
 
 
-@pytest.mark.long
-@pytest.mark.ranks
-def test_the_queue_trains_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tuning cell, one final cell and one prompting, each by the real commands."""
+def written(grid: dict[str, Any], folder: Path) -> Path:
+    with (folder / "grid.yaml").open("w") as file:
+        YAML().dump(grid, file)
+    return folder / "grid.yaml"
+
+
+def run_toy(grid: dict[str, Any], folder: Path, pattern: str, jobs: int = 1, minutes: float = 4) -> Path:
+    run_grid.run_workers(written(grid, folder), pattern, folder / "out", jobs, minutes)
+    return folder / "out"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What workers are told: this tree, whose commit is nobody's business here, on a CPU."""
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
+    monkeypatch.setenv("LORA_SCALE_COMMIT", "test")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+
+
+@pytest.mark.ranks
+def test_a_worker_gives_the_losses_of_a_process_of_their_own(tmp_path: Path, here: None) -> None:
+    """Cells of two methods and a prompting, by one worker; then one of them by `lora-scale train` and score_run.py."""
     grid = toy(tmp_path)
-    queue = run_grid.Queue(grid, tmp_path / "out", minutes=5, device="cpu")
-    queue.work([cell for cell in run_grid.cells(grid) if not cell.name.endswith("seed1")], jobs=1)
-    names = ["tune/toy/prelayer/lr0.001", "methods/toy/prelayer/seed0", "prompting/toy/k1/seed0"]
-    tuned, final, prompted = (run_grid.read_record(tmp_path / "out", name) for name in names)
-    assert tuned and final and prompted
-    assert "accuracy" not in tuned and tuned["val_loss"] > 0, "tuning must not look at the test rows"
-    assert final["lr"] == 1e-3 and final["trainable"] == 2 * 2 * 32 and 0 <= final["accuracy"] <= 1
-    page = run_grid.tables(grid, tmp_path / "out")
-    assert "| prelayer | 128 |" in page and "Not run: 1 cells of methods." in page
+    grid["methods"]["lora"] = {"keys": {"lora.r": 2}, "lr": [1e-2]}
+    grid["experiments"]["methods"]["of"] |= {"lora": {"lora": {}}}
+    grid["common"]["save.last"] = False
+    out = run_toy(grid, tmp_path, "*")
+    records = run_grid.read_records(grid, out)
+    assert len(records) == 7 and not [one for one in records.values() if "failed" in one]
+    assert "accuracy" not in records["tune/toy/lora/lr0.01"], "tuning must not look at the test rows"
+    final = records["methods/toy/prelayer/seed0"]
+    assert final["lr"] == 1e-3 and final["trainable"] == 2 * 2 * 32 and final["steps"] == 2
+    page = run_grid.tables(grid, records)
+    assert "| prelayer | 128 | 0.001 |" in page and "Not run" not in page
+    assert "Not run: 1 cells of prompting." in run_grid.tables(grid, dict(list(records.items())[:-1]))
+    for name in ("methods/toy/lora/seed1", "methods/toy/prelayer/seed0"):
+        run = tmp_path / "alone" / run_grid.file_name(name)
+        run.mkdir(parents=True)
+        tree = run_grid.config_of(grid, cell_of(grid, name), run, records[name]["lr"])
+        tree["save"]["last"] = True
+        with (run / "alone.yaml").open("w") as file:
+            YAML().dump(tree, file)
+        train = ["-m", "lora_scale", "train", str(run / "alone.yaml"), "--ranks", "1", "-q"]
+        subprocess.run([sys.executable, *train], check=True)
+        (first,), (second,) = ([read_losses(r)] for r in (run, out / "runs" / run_grid.file_name(name)))
+        assert first == second, "the same losses to the bit"
+        task = ["--task", json.dumps(grid["tasks"]["toy"]), "--device", "cpu"]
+        score = [str(HERE / "score_run.py"), "--run", str(run), *task, "--out", str(run / "score.json")]
+        subprocess.run([sys.executable, *score], check=True)
+        alone = json.loads((run / "score.json").read_text())
+        for key in ("val_loss", "trainable", "accuracy", "test_nll"):
+            assert alone[key] == pytest.approx(records[name][key], rel=1e-6), key
+
+
+def read_losses(run: Path) -> list[Any]:
+    return [(row["step"], row.get("loss"), row.get("val_loss"), row.get("grad_norm")) for row in read_metrics(run)]
+
+
+@pytest.mark.ranks
+def test_the_queue_writes_a_cell_once_and_says_what_failed(tmp_path: Path, here: None) -> None:
+    """The base prompted; the second cell's data are not there, which is tried again by another worker and kept."""
+    grid = toy(tmp_path)
+    grid["tasks"]["gone"] = {**grid["tasks"]["toy"], "data": str(tmp_path / "nowhere")}
+    grid["prompting"] = {"shots": [1], "tasks": ["gone", "toy"]}
+    out = run_toy(grid, tmp_path, "prompting/*", minutes=0)
+    assert not (out / "records").exists(), "no time, no cell"
+    run_toy(grid, tmp_path, "prompting/*", jobs=2)
+    good, gone = (run_grid.read_record(out, f"prompting/{task}/k1/seed0") for task in ("toy", "gone"))
+    assert good and good["trainable"] == 0 and 0 <= good["accuracy"] <= 1 and good["commit"] == "test"
+    assert gone and gone["failed"].startswith("FileNotFoundError")
+    before = {path: path.stat().st_mtime_ns for path in (out / "records").iterdir()}
+    run_toy(grid, tmp_path, "prompting/*")
+    assert {path: path.stat().st_mtime_ns for path in (out / "records").iterdir()} == before
+
+
+def test_a_cell_waits_for_the_learning_rates_of_its_method(tmp_path: Path) -> None:
+    grid = toy(tmp_path)
+    grid["methods"]["prelayer"]["lr"] = [1e-3, 1e-2]
+    cell = cell_of(grid, "methods/toy/prelayer/seed0")
+    assert not run_grid.is_ready(grid, cell, tmp_path)
+    for lr, loss in (("0.001", 2.0), ("0.01", 1.5)):
+        assert not run_grid.is_ready(grid, cell, tmp_path)
+        run_grid.write_record(tmp_path, f"tune/toy/prelayer/lr{lr}", {"val_loss": loss})
+    assert run_grid.is_ready(grid, cell, tmp_path) and run_grid.chosen_lr(grid, cell, tmp_path) == 1e-2
+    for lr in ("0.001", "0.01"):
+        run_grid.write_record(tmp_path, f"tune/toy/prelayer/lr{lr}", {"failed": "x"})
+    with pytest.raises(LookupError, match="every learning rate of prelayer failed on toy"):
+        run_grid.chosen_lr(grid, cell, tmp_path)
+
+
+def test_collected_records_give_the_same_tables(tmp_path: Path) -> None:
+    """Also what an experiment takes from another, and how much slower adapters are."""
+    grid = toy(tmp_path)
+    grid["experiments"]["ranks"] = {
+        "tasks": ["toy"],
+        "seeds": [1],
+        "also": {"r2": "methods/{task}/prelayer/seed{seed}"},
+    }
+    grid["experiments"]["ranks"]["of"] = {"prelayer": {"r1": {"baseline.prefix_tokens": 1}}}
+    facts = {"commit": "c", "versions": {"torch": "2"}, "device": "cpu", "lr": 0.1, "trainable": 7}
+    for number, cell in enumerate(run_grid.cells(grid)):
+        scores = {"accuracy": number / 8, "test_nll": 1.0} if not cell.tunes else {}
+        run_grid.write_record(tmp_path, cell.name, {"cell": cell.name, **facts, "val_loss": 1.0, **scores})
+    row = {"method": "base or merged LoRA", "shape": "s", "batch": 1, "tokens": 8, "quartiles_ms": [1.0, 3.0]}
+    rows = [{**row, "median_ms": 2.0}, {**row, "method": "adapter-h", "median_ms": 2.5}]
+    (tmp_path / run_grid.LATENCY).write_text("".join(json.dumps(one) + "\n" for one in rows))
+    run_grid.collect(grid, tmp_path, tmp_path / "record.json")
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert "commit" not in record["cells"][0] and record["commit"] == "c"
+    page = run_grid.tables_of(record)
+    assert page.startswith(run_grid.tables(grid, run_grid.read_records(grid, tmp_path)))
+    ranks = page[page.index("### ranks, toy") :]
+    assert "| r2 | 7 | 0.1 | 1.0000 | 0.2500 | 1 | 0 |" in ranks
+    assert "| adapter-h | 2.50 (1.00-3.00), +25.0% |" in page

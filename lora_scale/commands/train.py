@@ -162,11 +162,11 @@ def run(
     pulse: Pulse,
     token: str,
     asked: Asked,
-) -> None:
-    """One rank's whole run."""
+) -> Job | None:
+    """One rank's whole run; what it trained, still in memory, or None where it was finished already."""
     with contextlib.ExitStack() as stack:  # what stays with the first rank: the lease, the log, the trackers
         first_rank_works(lambda: _enter(cfg.run_dir, token, screen, stack))
-        _run(cfg, config, here, screen, stop, pulse, asked, stack)
+        return _run(cfg, config, here, screen, stop, pulse, asked, stack)
 
 
 def _run(
@@ -178,7 +178,7 @@ def _run(
     pulse: Pulse,
     asked: Asked,
     stack: contextlib.ExitStack,
-) -> None:
+) -> Job | None:
     grid = grids.make(cfg.parallel, here)
     folder, identity = setup.open_base(cfg, screen)
     resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
@@ -190,12 +190,12 @@ def _run(
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
         _mark_finished(cfg, saved.step, here)
-        return
+        return None
     step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
     seen = on_rank_zero(lambda: _validation_before(cfg, step))
     if _is_over(cfg, seen):
         screen.line(f"finished already, at step {step}: {_no_better(seen)}; a larger early_stop.patience goes on")
-        return
+        return None
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start, resume))
     on_rank_zero(lambda: _check_space(cfg, setup.count(model)))
     limit = fits.device_gib(here.device)
@@ -212,6 +212,7 @@ def _run(
     kept: list[RunLog] = []
     on_rank_zero(lambda: kept.append(stack.enter_context(_open_log(job, config, step, planned, loading))))
     _loop(job, kept[0] if kept else None, own, screen, stop, pulse, (step, tokens_seen, seen), asked.started)
+    return job
 
 
 def _loop(
