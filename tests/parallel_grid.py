@@ -86,7 +86,7 @@ def tree_of(
         train__micro_batch_size=4 // dp if stage else 1,
         parallel__tensor_parallel_size=tp,
         parallel__sequence_parallel=sequence and tp > 1,
-        parallel__overlap=sequence and tp > 1 and stage == 0,
+        parallel__overlap=stage == 0,
         parallel__zero_stage=stage,
         recompute=recompute,
         lora__dropout=dropout,

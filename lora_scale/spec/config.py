@@ -167,9 +167,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Tensor-parallel ranks also share the tokens between attention and MLP: norms, residuals and what recompute keeps
     take 1 / tensor_parallel_size of the memory (elsewhere: Megatron's sequence parallelism)."""
-    overlap: bool = False
-    """With sequence_parallel, where a pass is one block: hide half of each collective between blocks behind the
-    products beside it, by two chunks of tokens. Not measured on GPUs yet."""
+    overlap: bool = True
+    """With sequence_parallel, where a pass is one block: tokens are exchanged behind the products beside them, within a
+    node by copy engines. `false` waits for collectives instead."""
     base_engine: Literal["flat", "deepspeed"] = "flat"
     """Who keeps and gathers a frozen base under `zero_stage: 3`: `flat`, which cuts each layer into one piece a rank
     and gathers it whole, ahead, into one of two buffers; or DeepSpeed's ZeRO-3, parameter by parameter. `method: full`

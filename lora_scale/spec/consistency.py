@@ -100,11 +100,6 @@ def _check_dora(cfg: "RunConfig") -> None:
 
 def _check_parallel(cfg: "RunConfig") -> None:
     parallel = cfg.parallel
-    if parallel.overlap and not parallel.sequence_parallel:
-        raise ValueError(
-            "parallel.overlap is true, but parallel.sequence_parallel is false, whose collectives it hides; set both "
-            "or neither"
-        )
     if parallel.tensor_parallel_size > 1 and cfg.method != "lora":
         raise ValueError(
             f"parallel.tensor_parallel_size is {parallel.tensor_parallel_size} and method is {cfg.method}, "

@@ -49,7 +49,7 @@ class Moment:
     gradients: int
     adam: int
     bucket: int
-    gathered: int = 0  # ZeRO-3: whole parameters of the layer at work and the next ones
+    gathered: int = 0  # ZeRO-3: whole parameters of the layer at work and the next ones; tokens that are exchanged
     layer_inputs: int = 0  # of the layers that recompute
     layers_kept: int = 0  # activations of the layers that do not
     outside: int = 0  # the embedding's output and the last norm
@@ -131,7 +131,8 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     tokens = cfg.train.micro_batch_size * cfg.data.seq_len
     each = {i: tokens * activations.kept(model, i, cfg, masked=work.masked, tp=grid.tp) for i in set(layers)}
     spaces = {i: tokens * activations.workspace(model, i, cfg, grid.tp) for i in set(layers)}
-    gather = gathered(cfg, layers, made.frozen, grid)
+    slots = exchanged(model, cfg)
+    gather = gathered(cfg, layers, made.frozen, grid) + slots
     inputs = layer_inputs(model, cfg, recomputed)
     embedding, last_norm = embedding_output(model, cfg), last_norm_input(model, cfg)
     all_kept = sum(each[layer] for layer in kept)
@@ -144,11 +145,11 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     if again:
         one = {"one_layer": each[again[-1]], "workspace": spaces[again[-1]] + weights}
         moments["recompute"] = _with(before, layers_kept=0, **one)
-    standing = gather if keeps_base_flat(cfg) else 0  # the buffers of a flat base are never given back
+    standing = gather if keeps_base_flat(cfg) else slots  # buffers of a flat base and slots are never given back
     moments["step"] = _moment(states, gathered=standing, workspace=step_workspace(states, made.trained, cfg))
     return Memory(
         moments=moments,
-        waste=waste(0 if keeps_base_flat(cfg) else gather),
+        waste=waste(0 if keeps_base_flat(cfg) else gather - slots),
         context=CONTEXT,
         nccl=NCCL if grid.ranks > 1 else 0,
         host=HOST + (checkpoint_bytes(numel(made.trained) * grid.tp) if cfg.method == "lora" else 0),
@@ -224,6 +225,13 @@ def gathered(cfg: RunConfig, layers: Sequence[Layer], frozen: Sequence[Sequence[
     if cfg.method == "full":
         live += sum(layer.numel for layer in layers[recomputed_layers(cfg, len(layers)) :])
     return width * min(live, whole) // grid.tp
+
+
+def exchanged(model: Architecture, cfg: RunConfig) -> int:
+    """Two slots for all tokens of a pass, which tensor-parallel ranks fetch from each other (`parallel.exchange`)."""
+    if not (shares_tokens(cfg) and cfg.parallel.overlap and cfg.train.micro_batch_size == 1):
+        return 0
+    return 2 * _tokens(cfg) * model.hidden * ITEMSIZE[cfg.precision]
 
 
 def weight_gradients(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:
