@@ -11,6 +11,8 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,17 @@ from lora_scale.parallel.network import free_port
 
 TESTS = Path(__file__).parent
 HEAVY = ["torch.distributed", "deepspeed", "transformers.models.llama.modeling_llama", "peft", "training"]
+HEAVY += ["lora_scale.commands.train", "torch._dynamo"]
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a rank
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a script ended: its exit code and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def run_ranks(
@@ -31,11 +44,7 @@ def run_ranks(
     failing rank's traceback. `folder` must be fresh.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    on_gpu = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # read when deepspeed is imported
-    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")  # CUDA does not survive a fork
-    if not on_gpu:
-        context.set_forkserver_preload(HEAVY)
+    context = warm()
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(size):
@@ -62,6 +71,45 @@ def run_ranks(
         assert found["error"] is None, f"rank {rank} of {size}:\n{found['error']}\n{text[-2000:]}"
         results.append(found["result"])
     return results
+
+
+def warm() -> BaseContext:
+    """Processes of this context begin with the heavy packages imported, but on a GPU."""
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # read when deepspeed is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; a fork of a fork cannot set it
+    if on_gpu:
+        return multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    return context
+
+
+def run_script(name: str, *arguments: str, folder: Path, timeout: float = 280.0) -> Done:
+    """`python tests/NAME.py ARGUMENTS` from the repository's root, without the time that its imports take. The script
+    has a `main`; what it forks is forked from a process that has imported everything."""
+    screens = folder / f"{name}-out.txt", folder / f"{name}-err.txt"
+    process = warm().Process(target=_script, args=(name, arguments, *screens))
+    process.start()
+    process.join(timeout)
+    late = process.exitcode is None
+    if late:
+        process.kill()
+        process.join()
+    out, err = (screen.read_text() if screen.exists() else "" for screen in screens)
+    assert not late, f"{name} still ran after {timeout:.0f} s:\n{out}\n{err}"
+    return Done(process.exitcode or 0, out, err)
+
+
+def _script(name: str, arguments: tuple[str, ...], out: Path, err: Path) -> None:
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    for variable in PLACE:
+        os.environ.pop(variable, None)
+    os.chdir(TESTS.parent)
+    sys.argv = [f"tests/{name}.py", *arguments]
+    importlib.import_module(name).main()
 
 
 def _main(environment: dict[str, str], name: str, folder: Path, args: tuple[Any, ...]) -> None:

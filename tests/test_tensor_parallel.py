@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 from tiny import tiny_folder
-from training import Trace, assert_equal, config, reference, write_rows
+from training import STEPS, Trace, assert_equal, config, reference, write_rows
 
 pytestmark = pytest.mark.ranks
 
@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": _HEADS,
     "gpt_neox": {},
 }
+LONG = 20  # steps of the whole grid
 LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # data parallel x tensor parallel
 # ZeRO stage, recompute, dropout of the adapter; and sequence parallel in half of them, with and without each
 WAYS = [
@@ -63,11 +64,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", count=24)  # six steps are an epoch
 
 
 def tree_of(
-    folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: str, dropout: float, sequence: bool
+    folder: Path,
+    rows: Path,
+    dp: int,
+    tp: int,
+    stage: int,
+    recompute: str,
+    dropout: float,
+    sequence: bool,
+    steps: int,
 ) -> dict[str, Any]:
     """One pass a step under ZeRO-3; at stage 0 passes of one block, accumulated, whose collectives hide (overlap)."""
     return config(
@@ -76,6 +85,7 @@ def tree_of(
         rows.parent / "run",
         data__packing=False,
         model__attention="eager" if "gemma2" in folder.name else "sdpa",
+        train__max_steps=steps,
         train__global_batch_size=4,
         train__micro_batch_size=4 // dp if stage else 1,
         parallel__tensor_parallel_size=tp,
@@ -104,15 +114,17 @@ def covering(world: int) -> list[Case]:
     return found
 
 
-def check(world: int, cases: list[Case], folders: dict[str, Path], rows: Path, tmp_path: Path) -> None:
-    trees = {name_of(*case): tree_of(folders[case[0]], rows, *case[1:]) for case in cases}
+def check(
+    world: int, cases: list[Case], folders: dict[str, Path], rows: Path, tmp_path: Path, steps: int = STEPS
+) -> None:
+    trees = {name_of(*case): tree_of(folders[case[0]], rows, *case[1:], steps=steps) for case in cases}
     traces = run_ranks(world, "training:run_cases", trees, folder=tmp_path / "ranks", timeout=len(cases) * 20 + 60)[0]
     references: dict[tuple[str, float], Trace] = {}
     failures = []
     for case in cases:
         key = (case[0], case[5])
         if key not in references:
-            references[key] = reference(tree_of(folders[case[0]], rows, 1, 1, 0, "none", case[5], False))
+            references[key] = reference(tree_of(folders[case[0]], rows, 1, 1, 0, "none", case[5], False, steps))
         try:
             assert_equal(traces[name_of(*case)], references[key])
         except AssertionError as error:
@@ -131,4 +143,4 @@ def test_equal_to_one_process(world: int, folders: dict[str, Path], rows: Path, 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_whole_grid(model: str, world: int, folders: dict[str, Path], rows: Path, tmp_path: Path) -> None:
-    check(world, cases_of(world, [model]), folders, rows, tmp_path)
+    check(world, cases_of(world, [model]), folders, rows, tmp_path, LONG)
