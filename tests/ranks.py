@@ -13,6 +13,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def run_script(name: str, *arguments: str, folder: Path, timeout: float = 280.0)
     """`python tests/NAME.py ARGUMENTS` from the repository's root, without the time that its imports take. The script
     has a `main`; what it forks is forked from a process that has imported everything."""
     screens = folder / f"{name}-out.txt", folder / f"{name}-err.txt"
-    process = warm().Process(target=_script, args=(name, arguments, *screens))
+    return _finish(warm().Process(target=_script, args=(name, arguments, *screens)), name, screens, timeout)
+
+
+def _finish(process: BaseProcess, name: str, screens: tuple[Path, Path], timeout: float) -> Done:
     process.start()
     process.join(timeout)
     late = process.exitcode is None
@@ -101,15 +105,32 @@ def run_script(name: str, *arguments: str, folder: Path, timeout: float = 280.0)
     return Done(process.exitcode or 0, out, err)
 
 
+def run_verb(*arguments: str, folder: Path, timeout: float = 120.0) -> Done:
+    """`lora-scale ARGUMENTS` by one process in `folder`, without the time that its imports take."""
+    screens = folder / f"{arguments[0]}-out.txt", folder / f"{arguments[0]}-err.txt"
+    return _finish(warm().Process(target=_verb, args=(arguments, folder, *screens)), arguments[0], screens, timeout)
+
+
+def _verb(arguments: tuple[str, ...], folder: Path, out: Path, err: Path) -> None:
+    from lora_scale import cli
+
+    _begin(folder, out, err)
+    cli.main(list(arguments))
+
+
 def _script(name: str, arguments: tuple[str, ...], out: Path, err: Path) -> None:
+    _begin(TESTS.parent, out, err)
+    sys.argv = [f"tests/{name}.py", *arguments]
+    importlib.import_module(name).main()
+
+
+def _begin(folder: Path, out: Path, err: Path) -> None:
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         with path.open("w") as file:
             os.dup2(file.fileno(), stream.fileno())
     for variable in PLACE:
         os.environ.pop(variable, None)
-    os.chdir(TESTS.parent)
-    sys.argv = [f"tests/{name}.py", *arguments]
-    importlib.import_module(name).main()
+    os.chdir(folder)
 
 
 def _main(environment: dict[str, str], name: str, folder: Path, args: tuple[Any, ...]) -> None:

@@ -132,7 +132,8 @@ def run_cases(here: World, cases: dict[str, dict[str, Any]]) -> dict[str, Trace]
 
 
 def reference(tree: dict[str, Any], steps: int = 0) -> Trace:
-    """The same run, or its first steps, by transformers + PEFT + torch's own AdamW and clipping, one process, one document at a time."""
+    """The same run, or its first steps, by transformers + PEFT + torch's own AdamW and clipping: one process, one
+    document at a time."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
