@@ -10,7 +10,6 @@ between the start of the process and its first step, two fifths into the middle 
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -19,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -213,22 +211,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     assert not arguments.forks or arguments.ranks == 1, "--forks goes with one rank"
-    commit = provenance.commit()
-    if arguments.out and (not commit or commit.endswith("+changes")):
-        raise SystemExit("killing: the tree has uncommitted changes, or no commit is known; commit first")
+    commit = provenance.commit_of_record("killing", refuse=arguments.out is not None)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place))
         tally = kill_often(Path(place), arguments.kills, arguments.ranks, arguments.seed, arguments.forks)
-    record = {
-        "what": f"SIGKILLs of end-to-end runs of {STEPS} steps (save.every=2) at random moments, the same command "
+    record = provenance.head(
+        f"SIGKILLs of end-to-end runs of {STEPS} steps (save.every=2) at random moments, the same command "
         "again until each run is finished: one row a step, losses and the last checkpoint equal to the undisturbed "
         "run's to the bit, and never an older checkpoint than the last one reported",
-        "command": " ".join(["python tests/killing.py", *sys.argv[1:]]),
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "versions": provenance.versions(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "tests/killing.py",
+        commit,
+    ) | {
         "ranks": arguments.ranks,
         "seconds": round(time.monotonic() - begun, 1),
         **asdict(tally),
