@@ -110,7 +110,13 @@ def test_each_rank_holds_its_slice_and_the_group_reads_every_byte_once(
 def test_replicas_stay_equal_to_the_bit(model: Path, rows: Path, tmp_path: Path) -> None:
     trees = {
         f"{stage} {sharding}": tree_of(
-            model, rows, tmp_path / "run", 2, parallel__zero_stage=stage, parallel__adapter_sharding=sharding
+            model,
+            rows,
+            tmp_path / "run",
+            2,
+            train__max_steps=4,
+            parallel__zero_stage=stage,
+            parallel__adapter_sharding=sharding,
         )
         for stage, sharding in ((0, "auto"), (3, "replicate"), (3, "zero"))
     }
