@@ -197,20 +197,14 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=100)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    commit = provenance.commit()
-    if args.out and (not commit or commit.endswith("+changes")):
-        raise SystemExit("bench_serving: the tree has uncommitted changes, or no commit is known; commit first")
+    commit = provenance.commit_of_record("bench_serving", refuse=args.out is not None)
     words = [f"precision={args.precision}", f"parallel.tensor_parallel_size={args.tp}", "parallel.zero_stage=0"]
     cfg = configfile.of_model(str(args.model), words)
     here = world.start(world.from_environment(), timeout_minutes=10)
     grid = grids.make(cfg.parallel, here)
     found = (switch if args.what == "switch" else latency)(args, cfg, grid)
-    record = {
-        "what": f"{args.what}: {(switch if args.what == 'switch' else latency).__doc__}",
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "hardware": world.hardware(here),
-        "versions": provenance.versions(),
+    what = f"{args.what}: {(switch if args.what == 'switch' else latency).__doc__}"
+    record = provenance.head(what, sys.argv[0], commit, world.hardware(here)) | {
         "weights_bytes": open_folder(args.model).nbytes,
         "adapter": {"r": args.r, "targets": args.targets},
         "ranks": here.size,

@@ -8,9 +8,16 @@ import pytest
 import torch
 
 NOT_CHOSEN: Counter[str] = Counter()
+# Files of 15 s of processor time or more, longest first (2026-11-22): two workers then end at about the same time.
+LONGEST = (
+    *("hosts", "train", "grid", "tensor_parallel", "resume", "equality", "bench", "generate", "load", "wrong_inputs"),
+    *("experiments", "baselines", "shapes", "requeue", "kills", "analyze", "fp8", "report", "cli", "cost"),
+)
+PLACES = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: PLACES.get(item.path.name, len(PLACES)))  # stable: else as they were collected
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -10,7 +10,6 @@ the ranks does as DeepSpeed's launcher does: when one has died, the other gets a
 import argparse
 import json
 import os
-import platform
 import random
 import secrets
 import signal
@@ -20,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +202,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    commit = provenance.commit()
-    if arguments.out and (not commit or commit.endswith("+changes")):
-        raise SystemExit("disturbing: the tree has uncommitted changes, or no commit is known; commit first")
+    commit = provenance.commit_of_record("disturbing", refuse=arguments.out is not None)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "prepared")
@@ -218,15 +214,13 @@ def main() -> None:
         length = time.monotonic() - begun_calm
         series = {number.name: [number] * arguments.each for number in KINDS} if arguments.each else {"mixed": KINDS}
         found = {name: disturb(folder, name, numbers, length, arguments.seed) for name, numbers in series.items()}
-    record = {
-        "what": f"signals to two-rank runs of {arguments.steps} steps (save.every=4) at random moments, each run "
+    record = provenance.head(
+        f"signals to two-rank runs of {arguments.steps} steps (save.every=4) at random moments, each run "
         "queued again until it is finished: one row a step, losses and the last checkpoint equal to those of an "
         "undisturbed run, to the bit",
-        "command": " ".join(["python tests/disturbing.py", *sys.argv[1:]]),
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "versions": provenance.versions(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "tests/disturbing.py",
+        commit,
+    ) | {
         "ranks": RANKS,
         "seconds": round(time.monotonic() - begun, 1),
         "signals": [

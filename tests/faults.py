@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -21,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -380,23 +378,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression for the faults' names")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    commit = provenance.commit()
-    if not commit or commit.endswith("+changes"):
-        raise SystemExit("faults: the tree has uncommitted changes, or no commit is known; commit first")
+    commit = provenance.commit_of_record("faults")
     check()
     results: list[dict[str, Any]] = []
 
     def done(result: Result) -> None:
         results.append(asdict(result) | {"message": result.message.replace(sys.prefix, "VENV")})
         print(json.dumps(results[-1]), flush=True)
-        record = {
-            "what": f"faults in a run of {STEPS} steps on two namespace hosts, one CPU rank each, `lora-scale launch` "
+        record = provenance.head(
+            f"faults in a run of {STEPS} steps on two namespace hosts, one CPU rank each, `lora-scale launch` "
             f"(ssh), --patience {arguments.patience}, save.every=4; seconds are on a machine shared with other work",
-            "command": " ".join(["python tests/faults.py", *sys.argv[1:]]),
-            "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit,
-            "versions": provenance.versions(),
-            "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "tests/faults.py",
+            commit,
+        ) | {
             "faults": results,
         }
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -4,26 +4,27 @@
 
 A tiny model on the CPU, so that most of a run is starting, saving and resuming. A fifth of the kills fall anywhere
 between the start of the process and its first step, two fifths into the middle of a save, the others shortly after one.
+`--forks` takes forks of this process for processes: nothing is imported again, and a life takes a second.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from outside import TRAIN, Command  # noqa: E402
+import wrong_inputs  # noqa: E402
+from outside import TRAIN, Command, End  # noqa: E402
 from tiny import tiny_folder  # noqa: E402
 from training import write_rows  # noqa: E402
 
@@ -58,17 +59,50 @@ class Tally:
     faults: list[str] = field(default_factory=list)
 
 
+class Fork:
+    """What of `Command` is needed here, for a fork of this process."""
+
+    def __init__(self, arguments: list[str], folder: Path):
+        self.screen = folder / "screen.txt"
+        self.screen.write_text("")
+        case = wrong_inputs.Case("", "", tuple(arguments), env={"LORA_SCALE_COMMIT": "none"})
+        self.begun = time.monotonic()
+        self.pid = wrong_inputs._fork(case, folder, self.screen, {})
+        self.code: int | None = None
+
+    def kill_when(self, moment: Callable[[], bool], limit: float = 60.0) -> bool:
+        """SIGKILL once `moment()`; False if it has ended by itself before that."""
+        while not moment():
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+                return False
+            assert time.monotonic() - self.begun < limit, f"neither over nor to be killed after {limit:.0f} s"
+            time.sleep(0.001)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        return True
+
+    def end(self) -> End:
+        if self.code is None:
+            self.kill_when(lambda: False)
+        assert self.code is not None
+        return End(self.code, self.screen.read_text(), time.monotonic() - self.begun)
+
+
 class Victim:
     """One run directory, and what its log has said of it."""
 
-    def __init__(self, folder: Path, name: str, ranks: int):
-        self.folder, self.run = folder, folder / name
+    def __init__(self, folder: Path, name: str, ranks: int, forks: bool = False):
+        self.folder, self.run, self.forks = folder, folder / name, forks
         started = ["--ranks", str(ranks)] if ranks > 1 else []
         self.command = [*TRAIN, f"run_dir={name}", *started]
         self.log = log_path(self.run, 0)
         self.log.touch()
 
-    def start(self) -> Command:
+    def start(self) -> Command | Fork:
+        if self.forks:
+            return Fork(self.command[len(TRAIN) - 1 :], self.folder)
         return Command(self.command, self.folder, LORA_SCALE_COMMIT="none")
 
     def said(self) -> str:
@@ -97,17 +131,17 @@ def prepare(folder: Path) -> None:
     (folder / "run.yaml").write_text(CONFIG)
 
 
-def kill_often(folder: Path, kills: int, ranks: int = 1, seed: int = 0) -> Tally:
+def kill_often(folder: Path, kills: int, ranks: int = 1, seed: int = 0, forks: bool = False) -> Tally:
     """Runs in `folder`, each until it is finished, until there were so many kills; compared with one left in peace."""
     draw, tally = random.Random(seed), Tally()
-    calm = Victim(folder, "calm", ranks)
+    calm = Victim(folder, "calm", ranks, forks)
     begun = time.monotonic()
     end = calm.start().end()
     seconds = time.monotonic() - begun
     assert end.code == 0, end.screen
     while tally.kills < kills:
         tally.runs += 1
-        victim = Victim(folder, f"killed-{tally.runs}", ranks)
+        victim = Victim(folder, f"killed-{tally.runs}", ranks, forks)
         while not _life(victim, tally, _moment(victim, draw, seconds) if tally.kills < kills else lambda: False):
             pass
         _judge(victim, calm, tally)
@@ -173,29 +207,29 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--forks", action="store_true", help="of one rank each, in place of new processes")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    commit = provenance.commit()
-    if not commit or commit.endswith("+changes"):
-        raise SystemExit("killing: the tree has uncommitted changes, or no commit is known; commit first")
+    assert not arguments.forks or arguments.ranks == 1, "--forks goes with one rank"
+    commit = provenance.commit_of_record("killing", refuse=arguments.out is not None)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place))
-        tally = kill_often(Path(place), arguments.kills, arguments.ranks, arguments.seed)
-    record = {
-        "what": f"SIGKILLs of end-to-end runs of {STEPS} steps (save.every=2) at random moments, the same command "
+        tally = kill_often(Path(place), arguments.kills, arguments.ranks, arguments.seed, arguments.forks)
+    record = provenance.head(
+        f"SIGKILLs of end-to-end runs of {STEPS} steps (save.every=2) at random moments, the same command "
         "again until each run is finished: one row a step, losses and the last checkpoint equal to the undisturbed "
         "run's to the bit, and never an older checkpoint than the last one reported",
-        "command": " ".join(["python tests/killing.py", *sys.argv[1:]]),
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "versions": provenance.versions(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "tests/killing.py",
+        commit,
+    ) | {
         "ranks": arguments.ranks,
         "seconds": round(time.monotonic() - begun, 1),
         **asdict(tally),
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"resumed {len(tally.resumed_from)} times, {tally.kills_before_a_step} kills before a step")
     print(f"{tally.kills} kills, {len(tally.faults)} faults, {record['seconds']} s", *tally.faults, sep="\n")
     sys.exit(bool(tally.faults))
 

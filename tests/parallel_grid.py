@@ -3,7 +3,7 @@ and the command that runs all of them and writes a record.
 
     python tests/parallel_grid.py --jobs 2 --out docs/benchmarks/NAME.json [--model llama]...
 
-In fp32, both factors non-zero, clipping active, 20 steps. The cases of one model and world size share a launch of
+In fp32, both factors non-zero, clipping active. The cases of one model and world size share a launch of
 ranks; `--jobs` launches run beside each other.
 """
 
@@ -25,10 +25,11 @@ from typing import Any
 
 from ranks import run_ranks
 from tiny import tiny_folder
-from training import Trace, config, deviations, reference, write_rows
+from training import STEPS, Trace, config, deviations, reference, write_rows
 
 from lora_scale.storage import provenance
 
+LONG = 20  # steps of the whole grid
 TOLERANCE = 1e-5  # relative; norms five times that (training.assert_equal says why)
 _HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
 # family: changes to its tiny config, so that four ranks can share the heads
@@ -73,7 +74,15 @@ def folder_of(model: str, place: Path) -> Path:
 
 
 def tree_of(
-    folder: Path, rows: Path, dp: int, tp: int, stage: int, recompute: str, dropout: float, sequence: bool
+    folder: Path,
+    rows: Path,
+    steps: int,
+    dp: int,
+    tp: int,
+    stage: int,
+    recompute: str,
+    dropout: float,
+    sequence: bool,
 ) -> dict[str, Any]:
     """One pass a step under ZeRO-3; at stage 0 passes of one block, accumulated, whose collectives hide (overlap)."""
     return config(
@@ -82,6 +91,7 @@ def tree_of(
         rows.parent / "run",
         data__packing=False,
         model__attention="eager" if "gemma2" in folder.name else "sdpa",
+        train__max_steps=steps,
         train__global_batch_size=4,
         train__micro_batch_size=4 // dp if stage else 1,
         parallel__tensor_parallel_size=tp,
@@ -110,10 +120,11 @@ def covering(world: int) -> list[Case]:
     return found
 
 
-def run(world: int, cases: Sequence[Case], place: Path, rows: Path) -> list[dict[str, Any]]:
+def run(world: int, cases: Sequence[Case], place: Path, steps: int = STEPS) -> list[dict[str, Any]]:
     """A row for each case: its largest relative errors, and whether each is within its tolerance."""
+    rows = write_rows(place / "rows.jsonl", count=24)  # six steps are an epoch
     folders = {case[0]: folder_of(case[0], place) for case in cases}
-    trees = {name_of(*case): tree_of(folders[case[0]], rows, *case[1:]) for case in cases}
+    trees = {name_of(*case): tree_of(folders[case[0]], rows, steps, *case[1:]) for case in cases}
     ranks = place / f"ranks-{time.monotonic_ns()}"
     traces = run_ranks(world, "training:run_cases", trees, folder=ranks, timeout=len(cases) * 20 + 60)[0]
     references: dict[tuple[str, float], Trace] = {}
@@ -121,7 +132,7 @@ def run(world: int, cases: Sequence[Case], place: Path, rows: Path) -> list[dict
     for case in cases:
         key = (case[0], case[5])
         if key not in references:
-            references[key] = reference(tree_of(folders[case[0]], rows, 1, 1, 0, "none", case[5], False))
+            references[key] = reference(tree_of(folders[case[0]], rows, steps, 1, 1, 0, "none", case[5], False))
         errors = deviations(traces[name_of(*case)], references[key])
         equal = max(errors["gradients"], errors["losses"], errors["norms"] / 5) <= TOLERANCE
         found.append(
@@ -157,8 +168,7 @@ def main() -> int:
     if args.part:
         model, world = args.part[0], int(args.part[1])
         with tempfile.TemporaryDirectory() as place:
-            rows = write_rows(Path(place) / "rows.jsonl")
-            args.out.write_text(json.dumps(run(world, cases_of(world, [model]), Path(place), rows)))
+            args.out.write_text(json.dumps(run(world, cases_of(world, [model]), Path(place), LONG)))
         return 0
     commit = provenance.commit()
     if not commit or commit.endswith("+changes"):
@@ -169,7 +179,7 @@ def main() -> int:
     bad = unequal(found)
     record = {
         "what": "tensor parallelism, alone and under ZeRO, against one process of Hugging Face + PEFT: largest "
-        f"relative errors of 20 losses, 20 gradient norms and every gradient of step 1; equal within {TOLERANCE}",
+        f"relative errors of {LONG} losses and gradient norms and every gradient of step 1; equal within {TOLERANCE}",
         "command": " ".join(["python tests/parallel_grid.py", *sys.argv[1:]]),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,

@@ -11,6 +11,9 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,18 @@ from lora_scale.parallel.network import free_port
 
 TESTS = Path(__file__).parent
 HEAVY = ["torch.distributed", "deepspeed", "transformers.models.llama.modeling_llama", "peft", "training"]
+HEAVY += ["lora_scale.commands.train", "torch._dynamo"]
+HEAVY += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # with torch.compile, hence 4 s in every engine of DeepSpeed
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a rank
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a script ended: its exit code and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def run_ranks(
@@ -31,11 +46,7 @@ def run_ranks(
     failing rank's traceback. `folder` must be fresh.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    on_gpu = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # read when deepspeed is imported
-    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")  # CUDA does not survive a fork
-    if not on_gpu:
-        context.set_forkserver_preload(HEAVY)
+    context = warm()
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(size):
@@ -62,6 +73,65 @@ def run_ranks(
         assert found["error"] is None, f"rank {rank} of {size}:\n{found['error']}\n{text[-2000:]}"
         results.append(found["result"])
     return results
+
+
+def warm() -> BaseContext:
+    """Processes of this context begin with the heavy packages imported, but on a GPU."""
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # read when deepspeed is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; a fork of a fork cannot set it
+    if on_gpu:
+        return multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    return context
+
+
+def run_script(name: str, *arguments: str, folder: Path, timeout: float = 280.0) -> Done:
+    """`python tests/NAME.py ARGUMENTS` from the repository's root, without the time that its imports take. The script
+    has a `main`; what it forks is forked from a process that has imported everything."""
+    screens = folder / f"{name}-out.txt", folder / f"{name}-err.txt"
+    return _finish(warm().Process(target=_script, args=(name, arguments, *screens)), name, screens, timeout)
+
+
+def _finish(process: BaseProcess, name: str, screens: tuple[Path, Path], timeout: float) -> Done:
+    process.start()
+    process.join(timeout)
+    late = process.exitcode is None
+    if late:
+        process.kill()
+        process.join()
+    out, err = (screen.read_text() if screen.exists() else "" for screen in screens)
+    assert not late, f"{name} still ran after {timeout:.0f} s:\n{out}\n{err}"
+    return Done(process.exitcode or 0, out, err)
+
+
+def run_verb(*arguments: str, folder: Path, timeout: float = 120.0) -> Done:
+    """`lora-scale ARGUMENTS` by one process in `folder`, without the time that its imports take."""
+    screens = folder / f"{arguments[0]}-out.txt", folder / f"{arguments[0]}-err.txt"
+    return _finish(warm().Process(target=_verb, args=(arguments, folder, *screens)), arguments[0], screens, timeout)
+
+
+def _verb(arguments: tuple[str, ...], folder: Path, out: Path, err: Path) -> None:
+    from lora_scale import cli
+
+    _begin(folder, out, err)
+    cli.main(list(arguments))
+
+
+def _script(name: str, arguments: tuple[str, ...], out: Path, err: Path) -> None:
+    _begin(TESTS.parent, out, err)
+    sys.argv = [f"tests/{name}.py", *arguments]
+    importlib.import_module(name).main()
+
+
+def _begin(folder: Path, out: Path, err: Path) -> None:
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    for variable in PLACE:
+        os.environ.pop(variable, None)
+    os.chdir(folder)
 
 
 def _main(environment: dict[str, str], name: str, folder: Path, args: tuple[Any, ...]) -> None:

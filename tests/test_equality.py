@@ -1,5 +1,7 @@
 """Every parallel path against one process of Hugging Face + PEFT: losses, gradients and norms, in fp32."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from ranks import run_ranks
 from tiny import tiny_folder
-from training import Trace, _our_name, assert_equal, config, random_factors, reference, write_rows
+from training import STEPS, Trace, _our_name, assert_equal, config, random_factors, reference, write_rows
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.ranks
@@ -60,9 +62,15 @@ def peft_folder(model: Path, lora: dict[str, Any], out: Path) -> Path:
     return out
 
 
+def lasting(tree: dict[str, Any], steps: int) -> dict[str, Any]:
+    return {**tree, "train": {**tree["train"], "max_steps": steps}}
+
+
 @pytest.fixture(scope="module")
-def references(trees: dict[str, dict[str, Any]]) -> dict[str, Trace]:
-    return {"lora": reference(trees["stage 3"]), "full": reference(trees["full, stage 3, recompute"])}
+def references(trees: dict[str, dict[str, Any]]) -> Callable[[str, int], Trace]:
+    """The reference of a method over so many steps, made once."""
+    of = {"lora": "stage 3", "full": "full, stage 3, recompute"}
+    return cache(lambda method, steps: reference(lasting(trees[of[method]], steps)))
 
 
 COVERING = (
@@ -74,29 +82,31 @@ COVERING = (
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("ranks", "names"),
+    ("ranks", "names", "steps"),
     [
-        (2, (*CASES, "from an adapter that PEFT saved", *FULL)),
-        (1, COVERING),
-        (3, COVERING),
-        pytest.param(1, (*CASES, *FULL), marks=pytest.mark.long),
-        pytest.param(3, (*CASES, *FULL), marks=pytest.mark.long),
+        (2, (*CASES, "from an adapter that PEFT saved", *FULL), STEPS),
+        (1, COVERING, STEPS),
+        (3, COVERING, STEPS),
+        *(pytest.param(ranks, (*CASES, *FULL), 20, marks=pytest.mark.long) for ranks in (1, 2, 3)),
     ],
-    ids=["2", "1", "3", "1-all", "3-all"],
+    ids=["2", "1", "3", "1-all", "2-all", "3-all"],
 )
 def test_losses_and_gradients_equal_one_process(
     ranks: int,
     names: tuple[str, ...],
+    steps: int,
     trees: dict[str, dict[str, Any]],
-    references: dict[str, Trace],
+    references: Callable[[str, int], Trace],
     tmp_path: Path,
 ) -> None:
-    usable = {n: trees[n] for n in names if 6 % (ranks * trees[n]["train"].get("micro_batch_size", 1)) == 0}
+    usable = {
+        n: lasting(trees[n], steps) for n in names if 6 % (ranks * trees[n]["train"].get("micro_batch_size", 1)) == 0
+    }
     traces = run_ranks(ranks, "training:run_cases", usable, folder=tmp_path, timeout=360)[0]
     failures = []
     for name, trace in traces.items():
         try:
-            assert_equal(trace, references["full" if name.startswith("full") else "lora"])
+            assert_equal(trace, references("full" if name.startswith("full") else "lora", steps))
         except AssertionError as error:
             failures.append(f"{name}: {error}")
     assert not failures, "\n".join(failures)

@@ -110,7 +110,13 @@ def test_each_rank_holds_its_slice_and_the_group_reads_every_byte_once(
 def test_replicas_stay_equal_to_the_bit(model: Path, rows: Path, tmp_path: Path) -> None:
     trees = {
         f"{stage} {sharding}": tree_of(
-            model, rows, tmp_path / "run", 2, parallel__zero_stage=stage, parallel__adapter_sharding=sharding
+            model,
+            rows,
+            tmp_path / "run",
+            2,
+            train__max_steps=4,
+            parallel__zero_stage=stage,
+            parallel__adapter_sharding=sharding,
         )
         for stage, sharding in ((0, "auto"), (3, "replicate"), (3, "zero"))
     }
@@ -126,13 +132,13 @@ def test_replicas_stay_equal_to_the_bit(model: Path, rows: Path, tmp_path: Path)
 
 def test_a_checkpoint_fits_every_grid(model: Path, rows: Path, tmp_path: Path) -> None:
     step = 5
-    saving = tree_of(model, rows, tmp_path / "run", 2, train__max_steps=10)
+    saving = tree_of(model, rows, tmp_path / "run", 2, train__max_steps=8)
     trace = run_ranks(2, "grid_cases:save", saving, step, folder=tmp_path / "save")[0]
     path = str(tmp_path / "run" / f"step-{step:06d}")
     for ranks, layouts in ((1, ((1, 3),)), (4, ((1, 3), (2, 3), (4, 0)))):
         trees = {
             f"{ranks // tp}x{tp} stage {stage}": {
-                **tree_of(model, rows, tmp_path / "other", tp, train__max_steps=10, parallel__zero_stage=stage)
+                **tree_of(model, rows, tmp_path / "other", tp, train__max_steps=8, parallel__zero_stage=stage)
             }
             for tp, stage in layouts
         }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faults import BEFORE, DURING, STEPS, Job, before, kill_rank, orphans, prepare
 from hosts import CLEAN, IS_ROOT, ROOT, WAY, Cluster, Local, check, cluster
-from outside import TRAIN, Command
+from ranks import run_verb
 from slurm import start_slurm
 
 from lora_scale.storage.runlog import FINISHED, read_metrics
@@ -33,9 +33,9 @@ def alone(folder: Path) -> dict[int, list[float]]:
     """Losses of a run of one process, by its number of steps: the learning rate depends on that."""
     found = {}
     for steps in (SHORT, STEPS):
-        command = Command([*TRAIN, f"run_dir=alone-{steps}", f"train.max_steps={steps}"], folder, **CLEAN)
-        end = command.end()
-        assert end.code == 0, end.screen
+        words = ("run.yaml", f"run_dir=alone-{steps}", f"train.max_steps={steps}")
+        done = run_verb("train", *words, folder=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
         found[steps] = losses(folder / f"alone-{steps}")
     return found
 

@@ -2,21 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from ranks import run_script
 
 
 @pytest.fixture(scope="module")
-def found() -> Any:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "requeue.py")], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    done = run_script("requeue", folder=tmp_path_factory.mktemp("requeue"))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -56,13 +51,8 @@ def test_a_model_of_the_hub_trains_without_a_route(found: Any) -> None:
 
 
 @pytest.mark.ranks
-def test_a_signal_of_each_kind_and_the_run_goes_on_to_the_same_bits() -> None:
+def test_a_signal_of_each_kind_and_the_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """30 of each are a record: python tests/disturbing.py."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "disturbing.py"), "--each", "0", "--steps", "9"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script("disturbing", "--each", "0", "--steps", "9", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "{'mixed': (3, " in done.stdout and "\n0 faults" in done.stdout

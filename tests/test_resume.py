@@ -18,7 +18,7 @@ from lora_scale.parallel.world import World
 from lora_scale.spec.errors import CheckpointError
 
 pytestmark = pytest.mark.ranks
-HALF, WHOLE = 4, 8
+HALF, WHOLE = 3, 6
 UNSHARED = "lora, stage 2"  # there only the first rank sees the checkpoint
 
 

@@ -6,8 +6,7 @@ A covering part of the grid in `parallel_grid.py`; all of it is a command with a
 from pathlib import Path
 
 import pytest
-from parallel_grid import MODELS, cases_of, covering, run, unequal
-from training import write_rows
+from parallel_grid import LONG, MODELS, cases_of, covering, run, unequal
 
 pytestmark = pytest.mark.ranks
 
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.ranks
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("world", [2, 4])
 def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
-    assert not unequal(run(world, covering(world), tmp_path, write_rows(tmp_path / "rows.jsonl")))
+    assert not unequal(run(world, covering(world), tmp_path))
 
 
 @pytest.mark.long
@@ -23,4 +22,4 @@ def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_whole_grid(model: str, world: int, tmp_path: Path) -> None:
-    assert not unequal(run(world, cases_of(world, [model]), tmp_path, write_rows(tmp_path / "rows.jsonl")))
+    assert not unequal(run(world, cases_of(world, [model]), tmp_path, LONG))

@@ -1,11 +1,10 @@
 """The page of wrong inputs is what the command line answers today."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_script
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = re.compile(r"(\w+Error|\(MASTER_ADDR, MASTER_PORT\)): .*")  # torch's and transformers' words, which change
@@ -20,10 +19,8 @@ def fixed(page: str) -> str:
 
 
 @pytest.mark.timeout(400)
-def test_the_page_is_what_is_said() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "wrong_inputs.py")], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+def test_the_page_is_what_is_said(tmp_path: Path) -> None:
+    done = run_script("wrong_inputs", folder=tmp_path, timeout=380)
     assert done.returncode == 0, f"an answer is not fit for people:\n{done.stderr}"
     page = (ROOT / "docs" / "wrong-inputs.md").read_text()
     assert fixed(done.stdout) == fixed(page), "run: python tests/wrong_inputs.py > docs/wrong-inputs.md"

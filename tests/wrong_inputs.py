@@ -338,9 +338,11 @@ def prepare(folder: Path) -> None:
     """The folder that every case gets a copy of."""
     import deepspeed  # noqa: F401  imported once, here: every case is a fork
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from huggingface_hub import constants
 
     import lora_scale.commands.train  # noqa: F401
 
+    constants.HF_HUB_OFFLINE = True  # read when it was imported, which another may have done before
     folder.mkdir()
     tiny_folder(folder / "model")
     write_rows(folder / "rows.jsonl")
@@ -500,7 +502,7 @@ def faults(case: Case, result: Answer) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
+def main() -> None:
     everything = run_all(all_cases())
     bad = {f"{case.arguments} {case.given}": (faults(case, result), result.screen) for case, result in everything}
     for name, (what, seen) in bad.items():
@@ -508,3 +510,7 @@ if __name__ == "__main__":
             print(f"--- {name}: {', '.join(what)}\n{seen}", file=sys.stderr)
     print(page(everything), end="")
     sys.exit(any(what for what, _ in bad.values()))
+
+
+if __name__ == "__main__":
+    main()

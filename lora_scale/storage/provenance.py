@@ -6,7 +6,9 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import lora_scale
 
@@ -51,6 +53,26 @@ def commit() -> str | None:
         return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def head(what: str, program: str, commit: str | None, hardware: str = "") -> dict[str, Any]:
+    """What a record of a script begins with; on this machine's CPU cores, where no hardware is given."""
+    return {
+        "what": what,
+        "command": " ".join([f"python {program}", *sys.argv[1:]]),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "versions": versions(),
+        "hardware": hardware or f"{os.cpu_count()} CPU cores, {platform.machine()}",
+    }
+
+
+def commit_of_record(program: str, refuse: bool = True) -> str | None:
+    """The commit as a measurement begins; SystemExit where its record could not say which program it is of."""
+    found = commit()
+    if refuse and (not found or found.endswith("+changes")):
+        raise SystemExit(f"{program}: the tree has uncommitted changes, or no commit is known; commit first")
+    return found
 
 
 def command() -> list[str]:
