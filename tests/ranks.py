@@ -24,7 +24,6 @@ from lora_scale.parallel.network import free_port
 TESTS = Path(__file__).parent
 HEAVY = ["torch.distributed", "deepspeed", "transformers.models.llama.modeling_llama", "peft", "training"]
 HEAVY += ["lora_scale.commands.train", "torch._dynamo"]
-HEAVY += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # with torch.compile, hence 4 s in every engine of DeepSpeed
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a rank
 
 

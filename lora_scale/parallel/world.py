@@ -1,6 +1,7 @@
 """Which rank this process is, on which device, and how ranks agree. Knows no model and no ZeRO; the variables of
 launchers are `parallel.launchers`'."""
 
+import contextlib
 import importlib
 import os
 import socket
@@ -94,10 +95,22 @@ def _check_accelerator(found: str) -> None:
 
 def _deepspeed() -> Any:
     """Import DeepSpeed without its shared-memory helper for CPUs, which compiles for 90 s and, killed midway, locks
-    later jobs."""
+    later jobs; and its Muon optimizer, which every engine imports and no run here uses, without compiling it: what
+    torch.compile imports for that takes 4 s of a processor in each rank."""
     deepspeed = importlib.import_module("deepspeed")
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    with contextlib.suppress(ImportError):  # versions that have none
+        original = torch.compile
+        torch.compile = _as_it_is  # type: ignore[assignment]
+        try:
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        finally:
+            torch.compile = original
     return deepspeed
+
+
+def _as_it_is(function: Any = None, **options: Any) -> Any:
+    return function if function is not None else lambda function: function
 
 
 def launch_token(world: World | None) -> str:
