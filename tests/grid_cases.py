@@ -119,6 +119,13 @@ def between_nodes(here: World, trees: dict[str, dict[str, Any]]) -> dict[str, in
     return found
 
 
+def kept_parts(here: World, tree: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that loading read, and a hash of all that this rank keeps of each parameter of the base."""
+    job = start(here, tree, randomise=False)
+    parts = {name: hashlib.sha256(part.numpy().tobytes()).hexdigest() for name, part in job.loaded.partitions.items()}
+    return {"read": job.loaded.nbytes, "parts": parts}
+
+
 def train_only(job: setup.Job, number: int) -> None:
     job.engine.train_step(job.data.plan.step(number), number, 1e-3)
 

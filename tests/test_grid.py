@@ -173,6 +173,12 @@ def test_a_base_on_each_node_changes_no_loss_and_moves_no_base_between_nodes(row
         "node, adapter partitioned": {"parallel__base_sharding": "node", "parallel__adapter_sharding": "zero"},
         "node, recompute": {"parallel__base_sharding": "node", "recompute": "all"},
         "node, by DeepSpeed": {"parallel__base_sharding": "node", "parallel__base_engine": "deepspeed"},
+        "one node reads": {"parallel__base_sharding": "node", "parallel__load_from": "one_node"},
+        "one node reads, by DeepSpeed": {
+            "parallel__base_sharding": "node",
+            "parallel__load_from": "one_node",
+            "parallel__base_engine": "deepspeed",
+        },
         "world": {},
     }
     trees = {name: tree_of(single, rows, tmp_path / "run", **changes) for name, changes in ways.items()}
@@ -191,6 +197,21 @@ def test_a_base_on_each_node_changes_no_loss_and_moves_no_base_between_nodes(row
     assert moved["single world"] < moved["double world"], "what the counter would see if the base moved"
     adapter = 4 * sum(value.numel() for value in traces["node"].values.values())
     assert moved["single node"] <= 4 * adapter + (1 << 10), (moved, adapter)
+
+
+def test_one_node_reads_for_all(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Four ranks as two nodes of two: the second node reads nothing and keeps the same."""
+    ways = {"parallel__base_sharding": "node", "parallel__load_from": "one_node"}
+    found = run_ranks(
+        4,
+        "grid_cases:kept_parts",
+        tree_of(model, rows, tmp_path / "run", **ways),
+        folder=tmp_path / "ranks",
+        per_node=2,
+    )
+    assert [one["read"] > 0 for one in found] == [True, True, False, False]
+    assert found[0]["parts"] == found[2]["parts"] and found[1]["parts"] == found[3]["parts"]
+    assert found[0]["parts"] != found[1]["parts"]
 
 
 def test_local_ranks_that_make_no_nodes_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class Grid:
     dp_group: Any
     base_group: Any  # the ranks that ZeRO-3 partitions the base over
     own_group: Any  # this rank alone
+    copies_group: Any = None  # one rank of each node, which keep the same of the base: the first reads for all of them
 
 
 def alone() -> Grid:
@@ -50,7 +51,9 @@ def make(cfg: ParallelConfig, world: World) -> Grid:
     tp = cfg.tensor_parallel_size
     tp_rank, dp_rank = world.rank % tp, world.rank // tp
     row = list(range(tp_rank, world.size, tp))
-    node = _node_of(world) if cfg.base_sharding == "node" else range(world.size)
+    nodes = _nodes(world) if cfg.base_sharding == "node" else [list(range(world.size))]
+    node = next(node for node in nodes if world.rank in node)
+    copies = _copies(row, nodes, world.rank) if cfg.load_from == "one_node" else []
     return Grid(
         world=world,
         tp_rank=tp_rank,
@@ -61,11 +64,25 @@ def make(cfg: ParallelConfig, world: World) -> Grid:
         dp_group=_group(row, world.size),
         base_group=_group([rank for rank in row if rank in node], world.size),
         own_group=_group([world.rank], world.size),
+        copies_group=_group(copies, world.size) if copies else None,
     )
 
 
-def _node_of(world: World) -> list[int]:
-    """The ranks of this rank's node: a launcher numbers a node's ranks in a row, and the first has local rank 0."""
+def _copies(row: list[int], nodes: list[list[int]], rank: int) -> list[int]:
+    """Of the ranks of `row`, those with this rank's place in their node."""
+    parts = [[member for member in row if member in node] for node in nodes]
+    if len({len(part) for part in parts}) > 1:
+        sizes = ", ".join(str(len(part)) for part in parts)
+        raise ConfigError(
+            f"parallel.load_from is one_node, but the nodes cut the base into different numbers of parts ({sizes}); "
+            "set parallel.load_from=every_node"
+        )
+    place = next(part.index(rank) for part in parts if rank in part)
+    return [part[place] for part in parts]
+
+
+def _nodes(world: World) -> list[list[int]]:
+    """The ranks of each node: a launcher numbers a node's ranks in a row, and the first has local rank 0."""
     local_ranks: list[Any] = [None] * world.size
     dist.all_gather_object(local_ranks, world.local_rank)
     nodes: list[list[int]] = []
@@ -78,7 +95,7 @@ def _node_of(world: World) -> list[int]:
                 "0, 1, 2, ... in a row; set parallel.base_sharding=world"
             )
         nodes[-1].append(rank)
-    return next(node for node in nodes if world.rank in node)
+    return nodes
 
 
 def _group(ranks: list[int], world_size: int) -> Any:

@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_scale.adapters.lora import file_name
@@ -137,7 +138,7 @@ def fill(
     A parameter that `splits` names becomes this rank's tensor-parallel shard. With a partitioner each becomes a ZeRO-3
     parameter, with a flat base each frozen one is laid into it, and only this rank's part is read. Parameters that are
     not on the meta device (adapters) are left alone. Tied parameters stay one. `progress(done, total)` is called with
-    bytes of this rank.
+    bytes of this rank. Where the grid has a group of copies, its first rank reads and the others receive.
     """
     start = time.perf_counter()
     homes = _homes(model, splits, grid, partitioner)
@@ -153,10 +154,21 @@ def fill(
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
     wanted = [Wanted(entries[home.name], home.place, storage[home.name]) for home in homes]
-    nbytes = reading.read(wanted, device, grid, progress)
+    first = grid.copies_group is None or dist.get_rank(grid.copies_group) == 0
+    nbytes = reading.read(wanted, device, grid, progress) if first else 0
+    if grid.copies_group is not None:
+        _share(list(storage.values()), grid.copies_group)
     left = unused(folder, (entry for found in entries.values() for entry in found), _tied(model))
     spans = {home.name: zero_span(prod(home.shape), home.place) for home in homes}
     return Loaded(nbytes, time.perf_counter() - start, storage, spans, tuple(left))
+
+
+def _share(parts: list[Tensor], group: Any) -> None:
+    """What the group's first rank has read, to the others."""
+    source = dist.get_process_group_ranks(group)[0]
+    for part in parts:
+        if part.numel():
+            dist.broadcast(part, source, group=group)
 
 
 @dataclass(frozen=True, slots=True)

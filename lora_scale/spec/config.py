@@ -180,6 +180,9 @@ class ParallelConfig(Section):
     base_sharding: Literal["world", "node"] = "world"
     """Over which ranks ZeRO-3 partitions the frozen base: all, or those of one node (elsewhere: hpZ, FSDP's hybrid
     sharding). With `node` every node holds one copy and only adapter gradients cross nodes."""
+    load_from: Literal["every_node", "one_node"] = "every_node"
+    """With `base_sharding: node`: every node reads its copy of the base from the files, or the first node does and the
+    others receive it over the network, for a file system that many nodes at once would slow down."""
     adapter_sharding: Literal["auto", "replicate", "zero"] = "auto"
     """Whether ZeRO-3 keeps the adapter whole on every rank, which is faster, or partitions it. `auto` replicates one
     that costs a rank less than 1 GiB."""

@@ -125,3 +125,8 @@ def _check_parallel(cfg: "RunConfig") -> None:
             "parallel.base_sharding is node, which is for a frozen base under ZeRO-3 (method=lora, "
             "parallel.zero_stage=3)"
         )
+    if parallel.load_from == "one_node" and parallel.base_sharding != "node":
+        raise ValueError(
+            "parallel.load_from is one_node, but only with parallel.base_sharding=node have nodes copies to send; set "
+            "that, or parallel.load_from=every_node"
+        )
