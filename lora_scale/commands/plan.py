@@ -11,17 +11,16 @@ from typing import Any
 
 import click
 
-from lora_scale.spec import configfile, cost, hardware, memory, named, planning, search, speed, targets
+from lora_scale.commands import searching
+from lora_scale.spec import configfile, cost, hardware, memory, named, planning, search, targets
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import DoesNotFitError, ModelError, UsageError
 from lora_scale.spec.shapes import BUILDERS, architecture, from_tensors
 from lora_scale.spec.states import grid_of
 from lora_scale.spec.wording import BESIDE, CATEGORIES, JOBS, PAPER, STATES, binary, decimal, table
-from lora_scale.storage.durable import write_text_atomically
 from lora_scale.storage.folder import ModelFolder, open_folder, sources
 
-MOST_LAYOUTS = 12
 NOTHING = ""  # an empty cell: the figure does not exist, or is 0
 
 
@@ -40,6 +39,7 @@ NOTHING = ""  # an empty cell: the figure does not exist, or is 0
 @click.option(
     "--search", "searches", is_flag=True, help="Find layouts that fit --gpu, the fastest first, by a model of time."
 )
+@click.option("--scale", "scales", is_flag=True, help="What a step sends over each link on 64 to 1,024 GPUs; on paper.")
 @click.option("--out", type=click.Path(path_type=Path), help="With --search: write the fastest as a config.")
 @click.option("--json", "as_json", is_flag=True, help="Figures only, in bytes.")
 def command(
@@ -50,6 +50,7 @@ def command(
     shape: str | None,
     bytes_per_parameter: tuple[float, ...],
     searches: bool,
+    scales: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -60,6 +61,7 @@ def command(
     lora-scale plan run.yaml lora.r=64 data.seq_len=8192 --nodes 2 --gpus-per-node 8 --gpu 80
     lora-scale plan --shape gpt3-175b lora.r=4
     lora-scale plan run.yaml --gpus-per-node 2 --gpu h200 --search --out fastest.yaml
+    lora-scale plan run.yaml --gpus-per-node 8 --gpu h200 --scale
 
     Exit codes: 0 fits (or no --gpu was given), 2 wrong usage, config or model, 3 does not fit.
     """
@@ -68,8 +70,8 @@ def command(
     model, source, notes = _model(cfg, shape)
     grid = grid_of(model, cfg, ranks, gpus_per_node)
     job = planning.job_of(model, cfg, grid)
-    if searches or out:
-        return _search(job, gpu, gpus_per_node, out, as_json)
+    if searches or scales or out:
+        return searching.answer(job, gpu, gpus_per_node, out, scales=scales, as_json=as_json)
     if cfg.recompute == "auto" and limit is None:
         raise UsageError("recompute is auto, which depends on the GPU; say which with --gpu")
     job = search.settled(job, limit)
@@ -91,32 +93,6 @@ def command(
         click.echo("\n" + "\n".join([*notes, *_assumptions(row)]))
     if said.fits is False:
         click.get_current_context().exit(DoesNotFitError.exit_code)  # said above, as the answer and not as an error
-
-
-def _search(job: planning.Job, gpu: str | None, gpus_per_node: int, out: Path | None, as_json: bool) -> None:
-    """Print what fits, the fastest first, and write the first as a config."""
-    if gpu not in hardware.GPUS:
-        raise UsageError(f"--search needs --gpu with the name of a GPU, to know its speed: {', '.join(hardware.GPUS)}")
-    device, ranks = hardware.GPUS[gpu], job.grid.ranks
-    found = search.layouts(job.model, job.cfg, ranks, gpus_per_node, device)
-    rows = [{"changes": x.changes, "needed": x.needed, "tokens_per_second": round(x.tokens_per_second)} for x in found]
-    if as_json:
-        click.echo(json.dumps({"layouts": rows}, indent=2))
-    elif found:
-        lines = [[" ".join(x.changes), f"{x.tokens_per_second:,.0f}", binary(x.needed)] for x in found[:MOST_LAYOUTS]]
-        best = found[0]
-        click.echo(f"fastest of {len(found)} layouts that fit {_gpus(ranks)}: {' '.join(best.changes)}\n")
-        click.echo(table(lines, "layout", "tokens/s", "a GPU"))
-        click.echo(
-            f"\nTokens/s by formulas with one constant fitted on {speed.FITTED_ON}; the ranking is not measured."
-        )
-    else:
-        click.echo(f"no layout fits {_gpus(ranks)} of {device.memory_gib:g} GiB: more GPUs, or shorter blocks")
-    if found and out:
-        write_text_atomically(out, configfile.resolved_json(found[0].cfg))
-        click.echo(f"written: {out}", err=True)
-    if not found:
-        click.get_current_context().exit(DoesNotFitError.exit_code)
 
 
 def _config(arguments: tuple[str, ...], shape: str | None, ranks: int) -> RunConfig:

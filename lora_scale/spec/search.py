@@ -1,7 +1,7 @@
 """Layouts of a run that fit given hardware, the fastest first by `spec.speed`; and how many layers must recompute.
 
 A layout is tensor parallel size, ZeRO stage, blocks a pass, and how many layers recompute: of each of the first three
-every value that divides is tried, of the last the fewest layers that fit. The ranking is on paper: not yet measured.
+every value that divides is tried, of the last the fewest layers that fit. Tensor-parallel ranks share their tokens.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.hardware import Gpu
-from lora_scale.spec.memory import GIB
+from lora_scale.spec.memory import GIB, Work
 from lora_scale.spec.planning import Job
 from lora_scale.spec.states import grid_of
 
@@ -37,17 +37,21 @@ class Layout:
             f"train.micro_batch_size={cfg.train.micro_batch_size}",
             f"recompute={cfg.recompute}",
         ]
-        return ([f"parallel.tensor_parallel_size={self.tp}"] if self.tp > 1 else []) + found
+        shares = ["parallel.sequence_parallel=true"] if cfg.parallel.sequence_parallel else []
+        return ([f"parallel.tensor_parallel_size={self.tp}", *shares] if self.tp > 1 else []) + found
 
 
-def layouts(model: Architecture, cfg: RunConfig, ranks: int, gpus_per_node: int, gpu: Gpu) -> list[Layout]:
+def layouts(
+    model: Architecture, cfg: RunConfig, ranks: int, gpus_per_node: int, gpu: Gpu, work: Work | None = None
+) -> list[Layout]:
     """All that fit, the fastest first. Sizes of tensor parallelism that the model does not allow are left out."""
     found = []
     for tp in range(1, gpus_per_node + 1) if cfg.method == "lora" else (1,):
-        parallel = cfg.parallel.model_copy(update={"tensor_parallel_size": tp})
+        shares = tp > 1 and cfg.data.seq_len % tp == 0 and not cfg.eval.generate
+        parallel = cfg.parallel.model_copy(update={"tensor_parallel_size": tp, "sequence_parallel": shares})
         here = cfg.model_copy(update={"parallel": parallel})
         try:
-            job = planning.job_of(model, here, grid_of(model, here, ranks, gpus_per_node))
+            job = planning.job_of(model, here, grid_of(model, here, ranks, gpus_per_node), work)
         except ConfigError:  # a size that does not divide
             continue
         for candidate in _candidates(job):
@@ -91,7 +95,10 @@ def _with_recompute(job: Job, layers: int, count: int) -> Job:
 def _candidates(job: Job) -> Iterator[Job]:
     """Every ZeRO stage that differs for a frozen base, and every number of blocks a pass that divides the global
     batch."""
-    cfg, stages = job.cfg, (0, 3) if job.cfg.method == "lora" else (1, 2, 3)
+    cfg = job.cfg
+    stages: tuple[int, ...] = (1, 2, 3)
+    if cfg.method == "lora":
+        stages = (0, 3) if job.grid.dp > 1 else (0,)  # alone there is nobody to partition a base with
     blocks, left = divmod(cfg.train.global_batch_size, job.grid.dp)
     for stage in stages:
         for micro in [n for n in range(1, blocks + 1) if blocks % n == 0] if not left else []:

@@ -1,8 +1,9 @@
-"""How long a step takes, roughly: a sum of four times with named sources, to rank layouts by. Not a promise of speed.
+"""How long a step takes, roughly: a sum of times with named sources, to rank layouts by. Not a promise of speed.
 
 seconds of a pass = matrix products / matrix rate + attention / attention rate + what activations move / memory rate
-+ what collectives move / link rate. Nothing overlaps: on two H200s ZeRO-3's gathers added about their own time to a
-pass (docs/benchmarks). One constant is fitted to one run, `TRAFFIC`; how well the ranking holds is not measured yet.
++ what collectives move / link rate, as far as nothing hides them. The flat base's gathers hide behind everything else,
+tokens that tensor-parallel ranks exchange (`parallel.overlap`) behind products; all else is waited for: DeepSpeed's
+gathers added about their own time to a pass (docs/benchmarks). Two constants are fitted to a run each, `TRAFFIC`.
 """
 
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from lora_scale.spec import activations, cost
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.hardware import Gpu
-from lora_scale.spec.memory import Parts, Work, recomputed_layers
-from lora_scale.spec.states import Grid
+from lora_scale.spec.memory import Parts, Work, recomputed_layers, shares_tokens
+from lora_scale.spec.states import Grid, keeps_base_flat
 
-MATRIX = 0.806  # of the data sheet's rate: 797 of 989 TFLOP/s, products alone, 20 layers of llama-100.7b, one H200
-ATTENTION = 0.5  # of the same, forward and backward together
-TRAFFIC = 31.6  # times that a kept byte crosses GPU memory in forward and backward, by eager kernels; fitted to
-FITTED_ON = "llama-7.2b without recompute on one H200, 13,640 tokens/s (docs/benchmarks, 2026-11-22)"
+MATRIX = 0.68  # of the data sheet's rate: 673 of 989 TFLOP/s, products in a step of llama-100.7b on two H200s
+ATTENTION = 0.4  # of the same, forward and backward together, in that step
+TRAFFIC = {"auto": 11.7, "none": 23.4}  # by `kernels`: times that a kept byte crosses GPU memory, both ways together
+FITTED_ON = "llama-7.2b without recompute on one H200: 17,311 and 13,640 tokens/s (docs/benchmarks, 2026-11-22)"
+COLLECTIVE = 0.5  # of the link's rate, by NCCL: 221 of 450 GB/s for 84 MB between two H200s
 FORWARD = 1 / 3  # of the work of a pass; what recompute does again
 NETWORK = 50e9  # bytes a second between nodes, a GPU: one port of 400 Gbit/s; assumed
 
@@ -29,8 +31,8 @@ class Seconds:
     matrix: float
     attention: float
     traffic: float
-    gathers: float  # ZeRO-3: the base, twice
-    sums: float  # tensor parallelism: two sums a layer forward and two backward
+    gathers: float  # ZeRO-3: the base, twice; what nothing hides
+    sums: float  # tensor parallelism: two sums a layer forward and two backward; what nothing hides
 
     @property
     def total(self) -> float:
@@ -47,13 +49,18 @@ def seconds_of_pass(
     recompute = 2 * cost.computing(model) * share
     attention = cost.attention_flops_per_token(model, cfg.data.seq_len / 2)
     kept = sum(activations.kept(model, layer, cfg, masked=work.masked, tp=grid.tp) for layer in parts.layers)
-    return Seconds(
-        matrix=tokens * (cost.flops_per_token(model, cfg) + recompute) / grid.tp / (MATRIX * peak),
-        attention=tokens * attention * (1 + FORWARD * share) / grid.tp / (ATTENTION * peak),
-        traffic=tokens * kept * TRAFFIC * (1 + FORWARD * share) / gpu.memory_bandwidth,
-        gathers=_gathers(model, cfg, grid, gpu, gpus_per_node),
-        sums=_sums(model, cfg, grid, gpu, gpus_per_node, tokens, len(parts.layers), share),
-    )
+    matrix = tokens * (cost.flops_per_token(model, cfg) + recompute) / grid.tp / (MATRIX * peak)
+    others = {
+        "attention": tokens * attention * (1 + FORWARD * share) / grid.tp / (ATTENTION * peak),
+        "traffic": tokens * kept * TRAFFIC[cfg.kernels] * (1 + FORWARD * share) / gpu.memory_bandwidth,
+    }
+    sums = _sums(model, cfg, grid, gpu, gpus_per_node, tokens, len(parts.layers), share)
+    if shares_tokens(cfg) and cfg.parallel.overlap and cfg.train.micro_batch_size == 1:
+        sums = max(0.0, sums - matrix)
+    gathers = _gathers(model, cfg, grid, gpu, gpus_per_node)
+    if keeps_base_flat(cfg):
+        gathers = max(0.0, gathers - matrix - sum(others.values()))
+    return Seconds(matrix=matrix, **others, gathers=gathers, sums=sums)
 
 
 def tokens_per_second(cfg: RunConfig, grid: Grid, seconds: float) -> float:
@@ -90,5 +97,5 @@ def _sums(
 
 
 def link(gpu: Gpu, ranks: int, gpus_per_node: int) -> float:
-    """Bytes a second, one direction, of the slowest link in a group of neighbours."""
-    return gpu.link_bandwidth if ranks <= gpus_per_node else NETWORK
+    """Bytes a second, one direction, that collectives bring over the slowest link in a group of neighbours."""
+    return COLLECTIVE * gpu.link_bandwidth if ranks <= gpus_per_node else NETWORK
