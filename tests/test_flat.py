@@ -78,7 +78,7 @@ def one_sided(here: World, trees: dict[str, dict[str, Any]], folder: Path) -> di
         return mine, SimpleNamespace(get_buffer=lambda rank, *_: peers[rank])
 
     with (
-        mock.patch.object(transport, "_symmetric", symmetric),
+        mock.patch.object(transport, "symmetric", symmetric),
         mock.patch.object(transport, "choose", lambda world, group, wanted: (transport.OneSided(group), "")),
         mock.patch.object(transport.Collective, "gather", side_effect=AssertionError("nothing is to be gathered")),
     ):
