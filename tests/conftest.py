@@ -10,8 +10,8 @@ import torch
 NOT_CHOSEN: Counter[str] = Counter()
 # Files of 15 s of processor time or more, longest first (2026-11-22): two workers then end at about the same time.
 LONGEST = (
-    *("hosts", "train", "grid", "tensor_parallel", "resume", "equality", "bench", "generate", "load", "wrong_inputs"),
-    *("experiments", "baselines", "shapes", "requeue", "kills", "analyze", "fp8", "report", "cli", "cost"),
+    *("hosts", "train", "experiments", "grid", "tensor_parallel", "resume", "equality", "bench", "generate", "load"),
+    *("wrong_inputs", "baselines", "shapes", "requeue", "kills", "analyze", "fp8", "report", "cli", "cost"),
 )
 PLACES = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
 
