@@ -32,8 +32,8 @@ METHODS = {
     "preembed": "3.2M: 63.1, 88.6, 40.5",
     "prelayer": "20.2M: 70.1, 89.5, 43.5",
     "adapter-l": "-",
-    "adapter-h": "7.1M: 71.9, 89.8, 44.8",
-    "lora": "4.7M (r = 1): 73.4, 91.7, 45.9",
+    "adapter-h": "7.1M: 71.9, 89.8, 44.8; 40.1M: 73.2, 91.5, 45.1",
+    "lora": "4.7M (r = 1): 73.4, 91.7, 45.9; 37.7M (r = 8): 74.0, 91.6, 45.1",
     "lora-all": "-",
 }
 # Table 6 (GPT-3, W_q and W_v): WikiSQL, MNLI-m; Table 18 (GPT-2 medium, E2E): validation loss

@@ -32,7 +32,7 @@ def run_config(ranks: int = 1, **changes: Any) -> RunConfig:
 def records() -> dict[str, dict[str, Any]]:
     """Every measured run of ours, by name."""
     found = [json.loads(path.read_text()) for path in (ROOT / "docs/benchmarks").glob("*.json")]
-    rows = [row for record in found if "title" in record for row in record["rows"]]
+    rows = [row for record in found if "title" in record for row in record.get("rows", [])]
     return {row["name"]: row for row in rows if row.get("who") == "lora_scale" and row.get("peak_gib")}
 
 
