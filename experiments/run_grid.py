@@ -6,6 +6,7 @@ Knows cells and records; training and scoring are `grid_worker.py`'s, of which s
     python experiments/run_grid.py list [PATTERN]        cells, and where each stands
     python experiments/run_grid.py run [PATTERN] --jobs 8 --minutes 9
     python experiments/run_grid.py rerun CELL            once more beside its record, and both compared
+        --record docs/benchmarks/NAME.json               the record, where --out has none
     python experiments/run_grid.py tables                means, spreads and intervals, from records alone
     python experiments/run_grid.py collect --out runs/paper docs/benchmarks/NAME.json    all records as one
 
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -227,15 +229,15 @@ def read_records(grid: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
     return {name: record for name, record in found.items() if record is not None}
 
 
-def tables(grid: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
-    """Markdown, from records alone; a cell without one is counted as missing."""
-    groups: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
-    missing: dict[str, int] = {}
+Groups = dict[str, dict[str, dict[str, dict[str, Any]]]]  # "experiment, task" -> variant -> "seed0" -> record
+
+
+def grouped(grid: dict[str, Any], records: dict[str, dict[str, Any]]) -> Groups:
+    """What has a record, but for learning rates; with what one experiment takes from another."""
+    groups: Groups = {}
     for cell in cells(grid):
-        experiment, task, variant, seed = cell.name.split("/") if not cell.tunes else ("tune", "", "", "")
-        if cell.name not in records:
-            missing[experiment] = missing.get(experiment, 0) + 1
-        elif not cell.tunes:
+        if cell.name in records and not cell.tunes:
+            experiment, task, variant, seed = cell.name.split("/")
             groups.setdefault(f"{experiment}, {task}", {}).setdefault(variant, {})[seed] = records[cell.name]
     for experiment, row in grid["experiments"].items():
         for variant, place in row.get("also", {}).items():  # what another experiment has run already
@@ -243,8 +245,14 @@ def tables(grid: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
                 if title.startswith(f"{experiment}, "):
                     names = {f"seed{seed}": place.format(task=title.split(", ")[1], seed=seed) for seed in row["seeds"]}
                     variants[variant] = {seed: records[name] for seed, name in names.items() if name in records}
+    return groups
+
+
+def tables(grid: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
+    """Markdown, from records alone; a cell without one is counted as missing."""
+    missing = Counter(cell.name.split("/")[0] for cell in cells(grid) if cell.name not in records)
     lines = []
-    for title, variants in groups.items():
+    for title, variants in grouped(grid, records).items():
         metric = grid["tasks"][title.split(", ")[1]]["metric"]
         lines += [f"### {title}", "", *_table(variants, metric), "", *_verdicts(variants, metric)]
     lines += _chosen(grid, records)
@@ -303,8 +311,9 @@ def rerun(grid: Path, cell: Cell, out: Path, minutes: float) -> None:
     """One cell anew in a folder of its own, with the learning rates that were found; then both scores."""
     again = out / "again"
     for name in _tuning(read_grid(grid), cell).values() if cell.method and not cell.tunes else ():
-        if record := read_record(out, name):
-            write_record(again, name, record)
+        if (record := read_record(out, name)) is None:
+            raise SystemExit(f"run_grid: {cell.name} needs {name}, of which {out} has no record; name one by --record")
+        write_record(again, name, record)
     record_path(again, cell.name).unlink(missing_ok=True)
     shutil.rmtree(again / "runs" / file_name(cell.name), ignore_errors=True)
     run_workers(grid, cell.name, again, 1, minutes)
@@ -328,6 +337,14 @@ def collect(grid: dict[str, Any], out: Path, to: Path) -> None:
     text = json.dumps({**record, "grid": grid, "cells": "CELLS"}, indent=1)
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a line a cell
     write_text_atomically(to, text.replace('"CELLS"', f"[\n{lines}\n ]") + "\n")
+
+
+def spread(record: dict[str, Any], out: Path) -> None:
+    """What `collect` put together, as the records it came from, where there are none."""
+    shared = {key: record[key] for key in ("commit", "versions", "device")}
+    for row in record["cells"]:
+        if read_record(out, row["cell"]) is None:
+            write_record(out, row["cell"], {**shared, **row})
 
 
 def tables_of(record: dict[str, Any]) -> str:
@@ -362,10 +379,13 @@ def main() -> int:
     parser.add_argument("pattern", nargs="?", default="*", help="cells by name, * and ? as in file names; a file")
     parser.add_argument("--grid", type=Path, default=HERE / "grid.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--record", type=Path, help="of `collect`: its cells count as done here")
     parser.add_argument("--jobs", type=int, default=1, help="workers at once, all on the GPUs that are visible")
     parser.add_argument("--minutes", type=float, default=1e6)
     args = parser.parse_args()
     grid = read_grid(args.grid)
+    if args.record is not None:
+        spread(json.loads(args.record.read_text()), args.out)
     if args.verb == "collect":
         collect(grid, args.out, Path(args.pattern))
         return 0

@@ -135,6 +135,8 @@ def tables(arguments: argparse.Namespace) -> None:
         elif record.get("kind") == "memory grid":
             head = ["## Memory, predicted and measured", "", f"Record [{path.name}]({path.name}).", ""]
             text += [*head, memory_grid.table(record), ""]
+        elif record.get("kind") == "analyze":
+            text += _analyze_table(path.name, record)
         elif "title" in record:
             text += _table(path.name, record)
         if "signals" in record:
@@ -210,6 +212,21 @@ def _kill_table(file: str, record: dict[str, Any]) -> list[str]:
         f"{record['leftovers']} | {len(record['faults'])} |",
         "",
     ]
+
+
+def _analyze_table(file: str, record: dict[str, Any]) -> list[str]:
+    """Lines of scripts/measure_analyze.py."""
+    lines = _head("What `lora-scale analyze` takes", file, record)
+    lines += [
+        "| base | adapted modules | r | seconds | of a processor | peak memory, GiB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['shape']} | {row['modules']} | {row['r']} | {row['seconds']:,.0f} | {row['cpu_seconds']:,.0f} | "
+            f"{row['peak_rss_gib']:.2f} |"
+        )
+    return [*lines, ""]
 
 
 def _fault_table(file: str, record: dict[str, Any]) -> list[str]:

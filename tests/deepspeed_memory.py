@@ -94,11 +94,13 @@ def _by_product(ds: Any, ids: Tensor, before: set[int]) -> dict[str, int]:
         tracked = memory.tracked(ds)
         seconds.append(time.thread_time() - started)
     aside = before | {ids.untyped_storage()._cdata} | {b.untyped_storage()._cdata for b in ds.module.buffers()}
-    storages = [storage.nbytes() for storage in _storages() if storage._cdata not in aside]
+    storages = {storage._cdata: storage.nbytes() for storage in _storages() if storage._cdata not in aside}
+    tensors = [t for _, tensors in memory._tensors(ds) for t in tensors if t is not None]
+    known = {t.untyped_storage()._cdata for t in tensors}  # a norm is as small as a flag
     del tracked["buffers"]
     found = {f"product's {name}": nbytes for name, nbytes in tracked.items()}
     microseconds = round(1e6 * min(seconds) / len(list(ds.module.parameters())))
-    everything = sum(nbytes for nbytes in storages if nbytes > 256)
+    everything = sum(nbytes for key, nbytes in storages.items() if nbytes > 256 or key in known)
     return found | {"everything": everything, "microseconds a parameter": microseconds}
 
 

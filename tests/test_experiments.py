@@ -14,6 +14,7 @@ from typing import Any
 
 import convert_tasks
 import get_tasks
+import paper_page
 import pytest
 import run_grid
 import score_run
@@ -403,3 +404,40 @@ def test_collected_records_give_the_same_tables(tmp_path: Path) -> None:
     ranks = page[page.index("### ranks, toy") :]
     assert "| r2 | 7 | 0.1 | 1.0000 | 0.2500 | 1 | 0 |" in ranks
     assert "| adapter-h | 2.50 (1.00-3.00), +25.0% |" in page
+    run_grid.spread(record, tmp_path / "copy")
+    first, second = (run_grid.read_records(grid, folder) for folder in (tmp_path, tmp_path / "copy"))
+    assert first == second, "a record gives back what it was made of"
+
+
+def test_a_cell_is_not_rerun_without_its_learning_rates(tmp_path: Path) -> None:
+    grid = toy(tmp_path)
+    with pytest.raises(SystemExit, match="name one by --record"):
+        run_grid.rerun(written(grid, tmp_path), cell_of(grid, "methods/toy/prelayer/seed0"), tmp_path, minutes=1)
+
+
+PAPER = REPOSITORY / "docs" / "benchmarks" / "2026-11-22-paper.json"
+
+
+def test_the_papers_page_has_the_records_tables(tmp_path: Path) -> None:
+    """docs/paper.md is what `paper_page.py` makes of it, with every table; the picture is drawn."""
+    record, page = json.loads(PAPER.read_text()), (REPOSITORY / "docs" / "paper.md").read_text(encoding="utf-8")
+    tables = paper_page.made(record)
+    assert all(f"<!-- made: {name} -->" in page for name in tables)
+    assert paper_page.filled(page, tables) == page, "python experiments/paper_page.py RECORD docs/paper.md"
+    assert paper_page.filled(page.replace("| `lora` | 460,800", "| `lora` | 1"), tables) == page
+    paper_page.draw(record, tmp_path / "picture.svg")
+    text = (tmp_path / "picture.svg").read_text()
+    assert all(f">{name}<" in text for name in ("lora-all", "adapter-h", "LoRA on q, v, by r"))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"),
+    [
+        (-0.4, 0.2, "yes, shown"),
+        (-0.9, -0.1, "**not shown**; worse"),
+        (-0.9, 0.1, "**not shown**; not told apart"),
+        (-0.9, -0.6, "**no: worse by more than the margin**"),
+    ],
+)
+def test_a_verdict_is_of_the_whole_interval(low: float, high: float, answer: str) -> None:
+    assert paper_page.judged(((low + high) / 2, low, high), 0.5) == answer

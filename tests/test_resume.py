@@ -94,6 +94,7 @@ def _trees(folder: Path, at: int) -> dict[str, dict[str, Any]]:
         "lora, stage 2": {"parallel__zero_stage": 2},
         "lora, stage 0": {"parallel__zero_stage": 0},
         "full, stage 3": {"method": "full", "recompute": "all"},
+        "full, stage 1, bf16": {"method": "full", "parallel__zero_stage": 1, "precision": "bf16"},
     }
     return {
         name: config(model, rows, folder / f"{at}-{number}", **common, **changes)
@@ -118,8 +119,13 @@ def test_same_and_other_numbers_of_ranks(tmp_path: Path) -> None:
         for name, losses in others.items():
             wanted = torch.tensor(everyone[0][name]["losses"][HALF:])
             torch.testing.assert_close(
-                torch.tensor(losses), wanted, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+                torch.tensor(losses), wanted, rtol=_rounding(name), atol=0, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def _rounding(name: str) -> float:
+    """Of losses at other ranks: fp32 sums are in another order, by which a bf16 weight may round the other way."""
+    return 2**-8 if "bf16" in name else 1e-5
 
 
 def _judge_traffic(everyone: list[dict[str, Any]]) -> None:

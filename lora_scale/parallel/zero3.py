@@ -66,7 +66,9 @@ def partition_over(parameter: nn.Parameter, group: Any) -> None:
 def around_waits(ds: Any, during: Callable[[], AbstractContextManager[None]]) -> None:
     """Enter `during()` wherever DeepSpeed's stages 1 to 3 let the computation wait for other ranks: for the weights of
     the module that is next, and at the end of backward for the gradients."""
-    owners = [(ds.optimizer, "independent_gradient_partition_epilogue")]
+    reduces = (ds.optimizer, "independent_gradient_partition_epilogue")
+    # stage 1 with DeepSpeed's bf16 on has another optimizer, whose gradients the engine reduces
+    owners = [reduces if hasattr(*reduces) else (ds, "buffered_allreduce_fallback")]
     if hasattr(ds.optimizer, "parameter_offload"):  # stage 3
         owners.append((ds.optimizer.parameter_offload.get_param_coordinator(), "fetch_sub_module"))
     for owner, name in owners:

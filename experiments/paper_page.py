@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""The tables of docs/paper.md, each beside the paper's own numbers, and its picture. Nothing else knows both.
+
+    python experiments/paper_page.py docs/benchmarks/2026-11-22-paper.json docs/paper.md
+
+Reads what `run_grid.py collect` wrote. Writes each table between its two marks in the page, `<!-- made: NAME -->` and
+`<!-- end -->`, and the picture beside the record. Scores are in points (hundredths), spreads are standard deviations
+over seeds, intervals 95% of paired differences (the same seed on both sides).
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import run_grid
+
+from lora_scale.storage.durable import write_text_atomically
+
+TASKS = {"synopsis": ("rouge_l", "ROUGE-L"), "sentiment": ("accuracy", "accuracy")}
+Seeds = dict[str, dict[str, Any]]  # "seed0" -> record
+
+# arXiv 2106.09685, Table 4 (GPT-3 175B): parameters in millions; WikiSQL, MNLI-m, ROUGE-L on SAMSum
+METHODS = {
+    "full": "175,256M: 73.8, 89.5, 44.5",
+    "bitfit": "14.2M: 71.3, 91.0, 43.5",
+    "preembed": "3.2M: 63.1, 88.6, 40.5",
+    "prelayer": "20.2M: 70.1, 89.5, 43.5",
+    "adapter-l": "-",
+    "adapter-h": "7.1M: 71.9, 89.8, 44.8; 40.1M: 73.2, 91.5, 45.1",
+    "lora": "4.7M (r = 1): 73.4, 91.7, 45.9; 37.7M (r = 8): 74.0, 91.6, 45.1",
+    "lora-all": "-",
+}
+# Table 6 (GPT-3, W_q and W_v): WikiSQL, MNLI-m; Table 18 (GPT-2 medium, E2E): validation loss
+RANKS = {
+    "r1": ("73.4, 91.3", "1.23"),
+    "r2": ("73.3, 91.3", "1.21"),
+    "r4": ("73.7, 91.4", "1.18"),
+    "r8": ("73.8, 91.6", "1.17"),
+    "r64": ("73.5, 91.4", "1.16"),
+}
+# Table 5 (GPT-3, 18M parameters): WikiSQL, MNLI-m
+MATRICES = {
+    "q": "70.4, 91.0",
+    "k": "70.0, 90.8",
+    "v": "73.0, 91.0",
+    "o": "73.2, 91.3",
+    "qk": "71.4, 91.3",
+    "qv": "73.7, 91.3",
+    "qkvo": "73.7, 91.7",
+}
+# Table 1 (GPT-2 medium): ms at (batch, tokens)
+LATENCY = {
+    "base or merged LoRA": {(1, 128): 19.8, (16, 256): 338.0},
+    "adapter-l": {(1, 128): 23.9, (16, 256): 354.8},
+    "adapter-h": {(1, 128): 25.8, (16, 256): 366.3},
+}
+
+# where a label would lie on another, in the picture: points to the right and up
+BESIDE = {"full": (-5, 5), "adapter-h": (-5, 4), "adapter-l": (5, -10), "prelayer": (5, -11), "lora-all": (-5, 4)}
+
+
+def of(groups: run_grid.Groups, experiment: str, task: str, variant: str) -> Seeds:
+    return groups.get(f"{experiment}, {task}", {}).get(variant, {})
+
+
+def mean(records: Seeds, key: str, scale: float = 100, digits: int = 2) -> str:
+    """Mean and spread; `-` where nothing was run."""
+    values = [scale * record[key] for record in records.values()]
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else " (1 seed)"
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def loss(records: Seeds) -> str:
+    return mean(records, "test_nll", 1, 3)
+
+
+def difference(one: Seeds, other: Seeds, key: str) -> tuple[float, float, float]:
+    """In points: mean of the paired differences and its interval."""
+    seeds = sorted(one.keys() & other.keys())
+    center, low, high = run_grid.interval([100 * (one[seed][key] - other[seed][key]) for seed in seeds])
+    return center, low, high
+
+
+def said(found: tuple[float, float, float]) -> str:
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
+
+
+def methods(groups: run_grid.Groups) -> Iterator[str]:
+    head = " | ".join(f"{task}: {name} | minus `full`" for task, (_, name) in TASKS.items())
+    yield f"| method | trains | synopsis: loss | {head} | GPT-3: WikiSQL, MNLI, SAMSum |"
+    yield "|---|--:|--:|--:|--:|--:|--:|---|"
+    for method, theirs in METHODS.items():
+        found = {task: of(groups, "methods", task, method) for task in TASKS}
+        row = [f"`{method}`", f"{next(iter(found['synopsis'].values()))['trainable']:,}", loss(found["synopsis"])]
+        for task, (key, _) in TASKS.items():
+            full = of(groups, "methods", task, "full")
+            row += [mean(found[task], key), said(difference(found[task], full, key)) if method != "full" else ""]
+        yield f"| {' | '.join([*row, theirs])} |"
+
+
+def verdicts(groups: run_grid.Groups) -> Iterator[str]:
+    """The declared question of each task; then others that were asked after seeing the figures."""
+    yield "| question | task | margin | difference (95% interval) | answer |"
+    yield "|---|---|--:|--:|---|"
+    for method in ("lora", "lora-all"):
+        for task, (key, _) in TASKS.items():
+            full, margin = of(groups, "methods", task, "full"), 100 * run_grid.MARGINS[key]
+            found = difference(of(groups, "methods", task, method), full, key)
+            yield (
+                f"| `{method}` not worse than `full`? | {task} | {margin:g} | {said(found)} | {judged(found, margin)} |"
+            )
+    asked = [
+        (("methods", "adapter-h"), ("methods", "lora")),
+        (("methods", "bitfit"), ("methods", "lora")),
+        (("ranks", "r64"), ("ranks", "r1")),
+        (("ranks", "r64"), ("methods", "full")),
+    ]
+    for one, other in asked:
+        for task, (key, _) in TASKS.items():
+            found = difference(of(groups, one[0], task, one[1]), of(groups, other[0], task, other[1]), key)
+            names = " minus ".join(f"`{name}`" for _, name in (one, other))
+            yield f"| {names} (asked afterwards) | {task} | | {said(found)} | {signed(found)} |"
+
+
+def judged(found: tuple[float, float, float], margin: float) -> str:
+    """Against the margin of what may be lost."""
+    _, low, high = found
+    if low > -margin:
+        return "yes, shown"
+    return "**no: worse by more than the margin**" if high < -margin else f"**not shown**; {signed(found)}"
+
+
+def signed(found: tuple[float, float, float]) -> str:
+    _, low, high = found
+    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
+def ranks(groups: run_grid.Groups) -> Iterator[str]:
+    yield (
+        "| r on q, v | trains | synopsis: loss | synopsis: ROUGE-L | sentiment: accuracy | GPT-3: WikiSQL, MNLI "
+        "| GPT-2 medium: E2E loss |"
+    )
+    yield "|--:|--:|--:|--:|--:|---|--:|"
+    for rank, theirs in RANKS.items():
+        found = {task: of(groups, "ranks", task, rank) for task in TASKS}
+        scores = [mean(found[task], key) for task, (key, _) in TASKS.items()]
+        trained = f"{next(iter(found['synopsis'].values()))['trainable']:,}"
+        yield f"| {' | '.join([rank[1:], trained, loss(found['synopsis']), *scores, *theirs])} |"
+
+
+def matrices(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
+    yield "| adapted | r | synopsis: loss | synopsis: ROUGE-L | sentiment: accuracy | GPT-3: WikiSQL, MNLI |"
+    yield "|---|--:|--:|--:|--:|---|"
+    for name, theirs in MATRICES.items():
+        rank = grid["experiments"]["matrices"]["of"]["lora"][name]["lora.r"]
+        found = {task: of(groups, "matrices", task, name) for task in TASKS}
+        scores = [mean(found[task], key) if found[task] else "not run" for task, (key, _) in TASKS.items()]
+        nll = loss(found["synopsis"]) if found["synopsis"] else "not run"
+        yield f"| {', '.join(name)} | {rank} | {nll} | {' | '.join(scores)} | {theirs} |"
+
+
+def prompting(groups: run_grid.Groups) -> Iterator[str]:
+    yield "| examples in the prompt | synopsis: loss | synopsis: ROUGE-L | sentiment: accuracy |"
+    yield "|--:|--:|--:|--:|"
+    for variant in groups["prompting, synopsis"]:
+        one = {task: of(groups, "prompting", task, variant)["seed0"] for task in TASKS}
+        yield (
+            f"| {variant[1:]} | {one['synopsis']['test_nll']:.3f} | {100 * one['synopsis']['rouge_l']:.2f} "
+            f"| {100 * one['sentiment']['accuracy']:.2f} |"
+        )
+    best = {task: of(groups, "methods", task, "full") for task in TASKS}
+    yield f"| `full` | {loss(best['synopsis'])} | {' | '.join(mean(best[t], k) for t, (k, _) in TASKS.items())} |"
+
+
+def again(groups: run_grid.Groups) -> Iterator[str]:
+    yield "| cell, seed 0 | loss: first | again | score: first | again | difference | spread over seeds |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    for task, (key, name) in TASKS.items():
+        for method in ("full", "lora"):
+            seeds = of(groups, "methods", task, method)
+            first, second = seeds["seed0"], of(groups, "again", task, method)["seed0"]
+            spread = statistics.stdev(100 * record[key] for record in seeds.values())
+            scores = [100 * first[key], 100 * second[key]]
+            yield (
+                f"| {task}, `{method}` ({name}) | {first['test_nll']:.4f} | {second['test_nll']:.4f} "
+                f"| {scores[0]:.2f} | {scores[1]:.2f} | {scores[1] - scores[0]:+.2f} | {spread:.2f} |"
+            )
+
+
+def rates(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
+    """What was chosen of the three values, and for how long each method trained."""
+    head = " | ".join(f"{task}: learning rate | of the three | steps" for task in TASKS)
+    yield f"| method | {head} |"
+    yield "|---|--:|---|--:|--:|---|--:|"
+    for method in METHODS:
+        row = [f"`{method}`"]
+        for task in TASKS:
+            records = of(groups, "methods", task, method).values()
+            (lr,), (steps,) = {one["lr"] for one in records}, {one["steps"] for one in records}
+            place = ("lowest", "middle", "**highest**")[sorted(grid["methods"][method]["lr"]).index(lr)]
+            row += [f"{lr:g}", place, str(steps)]
+        yield f"| {' | '.join(row)} |"
+
+
+def latency(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    settings = [(1, 128), (16, 256)]
+    yield f"| | {' | '.join(f'batch {b}, {t} tokens, ms | the paper, ms' for b, t in settings)} |"
+    yield "|---|--:|--:|--:|--:|"
+    found = {(row["method"], (row["batch"], row["tokens"])): row for row in rows}
+    for method, theirs in LATENCY.items():
+        row = []
+        for setting in settings:
+            one, base = found[method, setting], found["base or merged LoRA", setting]
+            low, high = one["quartiles_ms"]
+            more = [
+                one["median_ms"] / base["median_ms"] - 1,
+                theirs[setting] / LATENCY["base or merged LoRA"][setting] - 1,
+            ]
+            told = [f", {change:+.1%}" if change else "" for change in more]
+            row += [f"{one['median_ms']:.1f} ({low:.1f}-{high:.1f}){told[0]}", f"{theirs[setting]}{told[1]}"]
+        yield f"| {method} | {' | '.join(row)} |"
+
+
+def made(record: dict[str, Any]) -> dict[str, str]:
+    """Name -> Markdown of every table of the page."""
+    grid = record["grid"]
+    groups = run_grid.grouped(grid, {one["cell"]: one for one in record["cells"]})
+    found = {
+        "methods": methods(groups),
+        "verdicts": verdicts(groups),
+        "rates": rates(groups, grid),
+        "ranks": ranks(groups),
+        "matrices": matrices(groups, grid),
+        "prompting": prompting(groups),
+        "latency": latency(record["latency"]),
+        "again": again(groups),
+    }
+    return {name: "\n".join(lines) for name, lines in found.items()}
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """The page with its tables as they are made now. KeyError for a table that is not made."""
+    marks = re.compile(r"(<!-- made: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    return marks.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
+
+
+def draw(record: dict[str, Any], to: Path) -> None:
+    """Score against trainable parameters, a panel a task: mean and spread over seeds."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    groups = run_grid.grouped(record["grid"], {one["cell"]: one for one in record["cells"]})
+    near: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    for axes, (task, (key, name)) in zip(figure.subplots(1, 2), TASKS.items(), strict=True):
+        points = {method: _point(of(groups, "methods", task, method), key) for method in METHODS}
+        line = {rank: _point(of(groups, "ranks", task, rank), key) for rank in RANKS}
+        floor = points["preembed"][1] - 2.5
+        full = points["full"]
+        axes.axhline(full[1], color="#9a9a9a", lw=0.9, ls="--")
+        axes.axhspan(full[1] - 100 * run_grid.MARGINS[key], full[1], color="#ececec", lw=0)
+        axes.errorbar(*zip(*line.values(), strict=True), color="#3b6ea5", marker="o", ms=4, capsize=2, lw=1.4)
+        for rank, (x, y, _) in line.items():
+            beside: dict[str, Any] = {"xytext": (5, -4)} if rank == "r64" else {"xytext": (-4, 3), "ha": "right"}
+            axes.annotate(rank[1:], (x, y), color="#3b6ea5", **beside, **near)
+        axes.annotate("LoRA on q, v, by r", (4e6, line["r1"][1]), color="#3b6ea5", ha="center", fontsize=8)
+        axes.annotate("margin", (1.1e4, full[1] - 100 * run_grid.MARGINS[key]), (0, 3), color="#9a9a9a", **near)
+        for method, (x, y, spread) in points.items():
+            if method == "lora":
+                continue  # r = 8 of the line, with three of its five seeds
+            colour = "#d1602b" if method == "lora-all" else "#4d4d4d"
+            label, (right, up) = method, BESIDE.get(method, (5, 4))
+            if y < floor:
+                label, y, spread, up = f"{method}: {y:.1f}, below", floor + 0.25, 0.0, 4
+            axes.errorbar(x, y, spread, color=colour, marker="s", ms=4, capsize=2, lw=1)
+            axes.annotate(label, (x, y), (right, up), color=colour, ha="left" if right > 0 else "right", **near)
+        axes.set(xscale="log", xlabel="trainable parameters", xlim=(1e4, 2.4e8), ylim=(floor, None))
+        axes.set_title(f"{task}: {name}, points", loc="left", fontsize=10, fontweight="bold")
+        axes.grid(color="#ededed", lw=0.6, which="major")
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(labelsize=8)
+    settings = {"svg.hashsalt": "paper", "svg.fonttype": "none", "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings):
+        figure.savefig(to, metadata={"Date": None, "Title": "Score against trainable parameters"})
+
+
+def _point(records: Seeds, key: str) -> tuple[float, float, float]:
+    """Parameters, mean and spread."""
+    values = [100 * record[key] for record in records.values()]
+    assert len(values) > 1 and all(map(math.isfinite, values))
+    return next(iter(records.values()))["trainable"], statistics.fmean(values), statistics.stdev(values)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("page", type=Path)
+    args = parser.parse_args()
+    record = json.loads(args.record.read_text(encoding="utf-8"))
+    write_text_atomically(args.page, filled(args.page.read_text(encoding="utf-8"), made(record)))
+    draw(record, args.record.with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
