@@ -138,7 +138,11 @@ BF16: dict[str, dict[str, Any]] = {
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_full_bf16_is_as_near_to_fp32_at_every_stage(
-    ranks: int, model: Path, references: dict[str, Trace], trees: dict[str, dict[str, Any]], tmp_path: Path
+    ranks: int,
+    model: Path,
+    references: Callable[[str, int], Trace],
+    trees: dict[str, dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     """Stage 1 goes through another optimizer of DeepSpeed's than 2 and 3. The ratio rule: errors against one process in
     fp32 are at most twice stage 2's, in the first step (later, steps of bf16 weights drift apart)."""
@@ -147,7 +151,7 @@ def test_full_bf16_is_as_near_to_fp32_at_every_stage(
     cases = {n: config(model, same, tmp_path / "run", **settings, **changes) for n, changes in BF16.items()}
     runs = run_ranks(ranks, "test_equality:one_step", cases, folder=tmp_path / "ranks", timeout=360)[0]
     apart = {}
-    fp32 = references["full"]
+    fp32 = references("full", STEPS)
     for name, (trace, waits) in runs.items():
         assert waits > 1, f"{name}: the end of backward is not timed as a wait"  # the step's sums are one
         apart[name] = deviations(trace, Trace(fp32.losses[:1], fp32.norms[:1], fp32.gradients, {}))
