@@ -18,7 +18,7 @@ from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import DoesNotFitError, ModelError, UsageError
 from lora_scale.spec.shapes import BUILDERS, architecture, from_tensors
 from lora_scale.spec.states import grid_of
-from lora_scale.spec.wording import BESIDE, CATEGORIES, JOBS, PAPER, STATES, binary, decimal, table
+from lora_scale.spec.wording import BESIDE, CATEGORIES, JOBS, PAPER, STATES, binary, decimal, gpus, table
 from lora_scale.storage.folder import ModelFolder, open_folder, sources
 
 NOTHING = ""  # an empty cell: the figure does not exist, or is 0
@@ -170,10 +170,6 @@ def _ways(ways: list[planning.WayOut], fits: bool | None) -> list[str]:
     return [f"this would make it fit: {each}"]
 
 
-def _gpus(ranks: int) -> str:
-    return "1 GPU" if ranks == 1 else f"{ranks} GPUs"
-
-
 def _about(row: dict[str, Any], model: Architecture, source: str, cfg: RunConfig, grid: tuple[int, int]) -> list[str]:
     """What is planned, in four or five lines."""
     count, trainable, accumulation = row["parameters"], row["this_run"]["trainable"], row["accumulation_steps"]
@@ -187,7 +183,7 @@ def _about(row: dict[str, Any], model: Architecture, source: str, cfg: RunConfig
             lines.append(f"        {sentence}")
     tp = row["tensor_parallel_size"]
     shared = f"tensor parallel {tp}, " if tp > 1 else ""
-    copies = f"{row['ranks'] // tp} data-parallel ranks" if tp > 1 else _gpus(row["ranks"])
+    copies = f"{row['ranks'] // tp} data-parallel ranks" if tp > 1 else gpus(row["ranks"])
     lines.append(
         f"ranks   {row['ranks']} ({grid[0]} x {grid[1]}), {shared}ZeRO-{cfg.parallel.zero_stage}, {cfg.precision}, "
         f"recompute {cfg.recompute}"

@@ -8,7 +8,7 @@ import click
 
 from lora_scale.spec import configfile, hardware, planning, search, speed, traffic
 from lora_scale.spec.errors import DoesNotFitError, UsageError
-from lora_scale.spec.wording import binary, decimal, table
+from lora_scale.spec.wording import binary, decimal, gpus, table
 from lora_scale.storage.durable import write_text_atomically
 
 MOST_LAYOUTS = 12
@@ -37,11 +37,11 @@ def _search(job: planning.Job, device: hardware.Gpu, gpus_per_node: int, out: Pa
         click.echo(json.dumps({"layouts": rows}, indent=2))
     elif found:
         lines = [[" ".join(x.changes), f"{x.tokens_per_second:,.0f}", binary(x.needed)] for x in found[:MOST_LAYOUTS]]
-        click.echo(f"fastest of {len(found)} layouts that fit {_gpus(ranks)}: {' '.join(found[0].changes)}\n")
+        click.echo(f"fastest of {len(found)} layouts that fit {gpus(ranks)}: {' '.join(found[0].changes)}\n")
         click.echo(table(lines, "layout", "tokens/s", "a GPU"))
         click.echo(f"\nTokens/s by formulas, not measured here; two constants are fitted on {speed.FITTED_ON}.")
     else:
-        click.echo(f"no layout fits {_gpus(ranks)} of {device.memory_gib:g} GiB: more GPUs, or shorter blocks")
+        click.echo(f"no layout fits {gpus(ranks)} of {device.memory_gib:g} GiB: more GPUs, or shorter blocks")
     if found and out:
         write_text_atomically(out, configfile.resolved_json(found[0].cfg))
         click.echo(f"written: {out}", err=True)
@@ -57,7 +57,7 @@ def _scale(job: planning.Job, device: hardware.Gpu, gpus_per_node: int, as_json:
         click.echo(json.dumps({"clusters": rows}, indent=2))
         return bool(found)
     if not found:
-        click.echo(f"no layout fits nodes of {_gpus(gpus_per_node)} of {device.memory_gib:g} GiB")
+        click.echo(f"no layout fits nodes of {gpus(gpus_per_node)} of {device.memory_gib:g} GiB")
         return False
     for layout, size in traffic.ends(found).items():
         end = f"at {size:,} GPUs the network takes more than a tenth of a step" if size else "scales to 1,024 GPUs"
@@ -77,7 +77,3 @@ def _scale(job: planning.Job, device: hardware.Gpu, gpus_per_node: int, as_json:
         "formulas and their sources: lora_scale/spec/traffic.py."
     )
     return True
-
-
-def _gpus(count: int) -> str:
-    return "1 GPU" if count == 1 else f"{count:,} GPUs"

@@ -42,6 +42,10 @@ def decimal(nbytes: float) -> str:
     return f"{nbytes / unit:.1f} {name}"
 
 
+def gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count:,} GPUs"
+
+
 def table(lines: list[list[str]], *headers: str) -> str:
     """Plain text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
