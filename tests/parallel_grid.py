@@ -84,7 +84,9 @@ def tree_of(
     dropout: float,
     sequence: bool,
 ) -> dict[str, Any]:
-    """One pass a step under ZeRO-3; at stage 0 passes of one block, accumulated, whose collectives hide (overlap)."""
+    """At stage 0 and where tokens are shared and recomputed, passes of one block, accumulated, whose exchanges hide;
+    else one pass a step of all blocks."""
+    alone = stage == 0 or (sequence and recompute == "all")
     return config(
         folder,
         rows,
@@ -93,10 +95,9 @@ def tree_of(
         model__attention="eager" if "gemma2" in folder.name else "sdpa",
         train__max_steps=steps,
         train__global_batch_size=4,
-        train__micro_batch_size=4 // dp if stage else 1,
+        train__micro_batch_size=1 if alone else 4 // dp,
         parallel__tensor_parallel_size=tp,
         parallel__sequence_parallel=sequence and tp > 1,
-        parallel__overlap=stage == 0,
         parallel__zero_stage=stage,
         recompute=recompute,
         lora__dropout=dropout,
@@ -117,6 +118,8 @@ def covering(world: int) -> list[Case]:
         others = [name for name in MODELS if name != "llama"]
         found += [(name, 1, 2, *WAYS[i % len(WAYS)]) for i, name in enumerate(others)]
         found.append(("llama", 1, 2, 0, "none", 0.0, True))  # nothing recomputed, nothing dropped, all hidden
+    else:
+        found.append(("llama", 2, 2, *WAYS[1]))  # exchanges hide under ZeRO-3 and recompute
     return found
 
 
