@@ -10,15 +10,12 @@ ranks; `--jobs` launches run beside each other.
 import argparse
 import itertools
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -173,21 +170,14 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as place:
             args.out.write_text(json.dumps(run(world, cases_of(world, [model]), Path(place), LONG)))
         return 0
-    commit = provenance.commit()
-    if not commit or commit.endswith("+changes"):
-        raise SystemExit("parallel_grid: a record names its commit; commit all changes first")
+    commit = provenance.commit_of_record("parallel_grid")
     begun, parts = time.monotonic(), list(itertools.product((4, 2), args.model or MODELS))
     with ThreadPoolExecutor(args.jobs) as pool:
         found = [row for rows in pool.map(lambda part: _part(part[1], part[0]), parts) for row in rows]
     bad = unequal(found)
-    record = {
-        "what": "tensor parallelism, alone and under ZeRO, against one process of Hugging Face + PEFT: largest "
-        f"relative errors of {LONG} losses and gradient norms and every gradient of step 1; equal within {TOLERANCE}",
-        "command": " ".join(["python tests/parallel_grid.py", *sys.argv[1:]]),
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "versions": provenance.versions(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, gloo",
+    what = "tensor parallelism, alone and under ZeRO, against one process of Hugging Face + PEFT: largest relative "
+    what += f"errors of {LONG} losses and gradient norms and every gradient of step 1; equal within {TOLERANCE}"
+    record = provenance.head(what, "tests/parallel_grid.py", commit) | {
         "seconds": round(time.monotonic() - begun, 1),
         "cases": len(found),
         "not_equal": len(bad),

@@ -116,7 +116,8 @@ def test_the_fastest_by_hand_is_the_fastest_by_search() -> None:
     best, *others = search.layouts(asked.model, asked.cfg, 2, 2, H200, asked.work)
     assert best.changes[:2] == ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
     assert best.cfg.recompute == "none"
-    assert best.tokens_per_second == pytest.approx(2619, rel=0.1)
+    _, measured = predicted_and_measured("bench-100b-overlap, 100b-tp2-overlap")
+    assert best.tokens_per_second == pytest.approx(measured, rel=0.1)
     assert {1, 2} == {layout.tp for layout in (best, *others)}
 
 
