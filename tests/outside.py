@@ -6,7 +6,6 @@ import os
 import pty
 import select
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -135,9 +134,3 @@ def once(text: str, action: Callable[[subprocess.Popen[bytes]], object]) -> Act:
         return True
 
     return act
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

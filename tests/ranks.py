@@ -154,4 +154,11 @@ def _main(environment: dict[str, str], name: str, folder: Path, args: tuple[Any,
     partial.rename(folder / f"result-{rank}.pt")
     if error is not None:
         os._exit(1)
+    _wait_for_all(folder, int(environment["WORLD_SIZE"]))
     world.stop()
+
+
+def _wait_for_all(folder: Path, size: int) -> None:
+    """Stay until every rank has its result: rank 0 holds the store by which the others still make their groups."""
+    while not all((folder / f"result-{rank}.pt").exists() for rank in range(size)):
+        time.sleep(0.02)  # a rank that fails, or is late, has us killed

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outside import ROOT, TRAIN, Command, End, free_port, once
+from outside import ROOT, TRAIN, Command, End, once
 from tiny import tiny_folder
 from training import write_rows
 
 from lora_scale.parallel import local
+from lora_scale.parallel.network import free_port
 from lora_scale.storage import checkpoints
 from lora_scale.storage.runlog import read_manifest, read_metrics
 
@@ -76,14 +77,14 @@ def test_every_way_of_starting_gives_the_same_losses(folder: Path) -> None:
     terminal = Command([*TRAIN, "--ranks", "2"], folder, terminal=True)
     _judge_interrupted(terminal.end(ctrl_c), folder / "run")
 
-    port = ["--num_gpus", "2", "--master_port", free_port()]
+    port = ["--num_gpus", "2", "--master_port", str(free_port())]
     by_hand = Command([*DEEPSPEED, *port, "--module", "lora_scale", "train", "run.yaml"], folder).end()
     assert by_hand.code == 0, by_hand.screen
     assert "--local_rank=1" in by_hand.screen, "the launcher no longer does what this tests"
     judge_quiet(by_hand, launcher=True)
     assert sum(line.startswith("resumed  ") for line in by_hand.lines) == 1
 
-    torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", free_port(), "-m", "lora_scale", "train"]
+    torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "lora_scale", "train"]
     of_torch = Command([*torchrun, "run.yaml", "run_dir=third"], folder).end()
     assert of_torch.code == 0, of_torch.screen
     judge_quiet(of_torch)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from ranks import run_ranks
 
+from lora_scale.parallel import network
 from lora_scale.parallel.world import World, from_environment, on_every_rank, on_rank_zero
 from lora_scale.spec.errors import CheckpointError, ConfigError, TrainingError
 
@@ -98,6 +100,26 @@ def test_all_ranks_fail_together(tmp_path: Path) -> None:
         assert found["second"].endswith("file: 1 byte")
         assert found["foreign"].endswith("disk full")
         assert found["seconds"] < 10
+
+
+def late_group(here: World) -> int:
+    """Rank 0 is done at once; rank 1 makes a group of its own later, by way of the store that rank 0 holds."""
+    if here.rank == 0:
+        return 0
+    time.sleep(1.0)
+    return dist.get_world_size(dist.new_group([here.rank], use_local_synchronization=True))
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(150)
+def test_a_rank_that_is_done_waits_for_the_others(tmp_path: Path) -> None:
+    assert run_ranks(2, "test_world:late_group", folder=tmp_path) == [0, 1]
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_away() -> None:
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {network.free_port() for _ in range(20)}
+    assert len(ports) > 10 and all(1024 <= port < low for port in ports)
 
 
 def test_an_engine_of_deepspeed_does_not_import_a_compiler() -> None:

@@ -1,13 +1,20 @@
 """This host's addresses and interfaces, as the kernel tells them. No torch."""
 
+import contextlib
 import fcntl
 import os
+import random
 import socket
 import struct
 from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
+
+from lora_scale.spec.errors import ConfigError
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_BELOW = 12000  # ports under that range to choose from
 SETTINGS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -62,7 +69,19 @@ def own_address(env: Mapping[str, str] = os.environ) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that was free on this host a moment ago."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that was free on this host a moment ago, and that the kernel gives to nobody who asks for just any:
+    until the job's first rank listens there, connections come and go."""
+    low = _lowest_ephemeral()
+    below = random.SystemRandom().sample(range(max(low - _BELOW, 1024), low), 64) if low > 1024 + _BELOW else []
+    for port in [*below, 0]:
+        with closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise ConfigError("no TCP port is free on this host")
+
+
+def _lowest_ephemeral() -> int:
+    try:
+        return int(_EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):  # no Linux, or no /proc
+        return 32768
