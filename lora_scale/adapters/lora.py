@@ -9,6 +9,7 @@ it casts x to fp32 instead and multiplies there, which costs several times more 
 """
 
 import math
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_scale.adapters import lean
+from lora_scale.adapters import lean, marks
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.targets import features, select_targets
 from lora_scale.adapters.update import updated
@@ -73,6 +74,11 @@ class LoRALinear(nn.Module):
         self.start_A, self.start_B = a.clone(), b.clone()
         self.whole_start = (a, b) if keep_whole else None
 
+    @property
+    def remakes_input(self) -> bool:
+        """Whether backward makes the input again by `marks.origin`, and nothing keeps it."""
+        return self.start_A is None
+
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         if self.start_A is None or self.start_B is None:
@@ -117,6 +123,11 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(ones)  # m, (out,); PEFT's name
         self.squares: Tensor  # |w|^2 of the whole base's rows, (out,)
         self.register_buffer("squares", ones.clone(), persistent=False)
+        self.sum_parts: Callable[[Tensor], Tensor] = marks.itself  # over ranks that have a part of the input features
+
+    @property
+    def remakes_input(self) -> bool:
+        return False
 
     def begin_at_norms(self, squares: Tensor) -> None:
         """Begin at the base's own lengths; `squares` (out,), fp32, are theirs."""
@@ -126,8 +137,9 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        bias = self.base_layer.bias
-        plain = y if bias is None else y - bias.to(y.dtype)
+        bias: Any = self.base_layer.bias
+        share = getattr(self.base_layer, "share", 1.0)  # of a bias that trains
+        plain = y if bias is None else y - share * bias.to(y.dtype)
         a, b = self._factors(x.dtype)
         ratio = self.lora_magnitude_vector / self._norms()
         update = F.linear(F.linear(x, a), b) * self.scaling
@@ -139,8 +151,9 @@ class DoRALinear(LoRALinear):
         assert isinstance(weight, Tensor)
         weight = weight if isinstance(self.base_layer, nn.Linear) else weight.T
         a, b, s = self.lora_A, self.lora_B, self.scaling
-        cross = (weight @ a.T.to(weight.dtype)).float()
-        return (self.squares + 2 * s * (cross * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)).sqrt()
+        parts = self.sum_parts(torch.cat([(weight @ a.T.to(weight.dtype)).float(), a @ a.T]))
+        cross, square = parts[: len(b)], parts[len(b) :]
+        return (self.squares + 2 * s * (cross * b).sum(1) + s * s * ((b @ square) * b).sum(1)).sqrt()
 
 
 def row_squares(weight: Tensor) -> Tensor:

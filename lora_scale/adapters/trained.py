@@ -1,7 +1,8 @@
 """Parts of the base that train beside the factors: biases and whole modules (PEFT's bias and modules_to_save).
 
 They are the base's own parameters, made fp32 on the meta device and so filled in fp32; their layers cast them for
-compute. One process; ZeRO shards them as it does the base, and reduces their gradients as in full fine-tuning.
+compute. One process; ZeRO shards them as it does the base, and reduces their gradients as in full fine-tuning. What
+tensor parallelism must know is `share`: of a layer whose outputs are summed over ranks, one rank adds the bias.
 """
 
 import difflib
@@ -22,9 +23,11 @@ from lora_scale.spec.families import has_suffix
 class BiasedLinear(nn.Linear):
     """A frozen weight and a bias that trains."""
 
+    share = 1.0  # of the bias that this rank adds
+
     def forward(self, input: Tensor) -> Tensor:
         assert self.bias is not None
-        return FrozenMatmul.apply(input, self.weight, None, False) + self.bias.to(input.dtype)
+        return FrozenMatmul.apply(input, self.weight, None, False) + self.share * self.bias.to(input.dtype)
 
 
 class BiasedConv1D(nn.Module):
@@ -32,9 +35,10 @@ class BiasedConv1D(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    share = 1.0  # of the bias that this rank adds
 
     def forward(self, x: Tensor) -> Tensor:
-        return FrozenMatmul.apply(x, self.weight, None, True) + self.bias.to(x.dtype)
+        return FrozenMatmul.apply(x, self.weight, None, True) + self.share * self.bias.to(x.dtype)
 
 
 class BiasedLayerNorm(nn.LayerNorm):
@@ -47,8 +51,10 @@ class BiasedLayerNorm(nn.LayerNorm):
 class TrainedLinear(nn.Linear):
     """All of it trains."""
 
+    share = 1.0  # of the bias that this rank adds
+
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
+        bias = None if self.bias is None else self.share * self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
@@ -65,21 +71,31 @@ _BIASED: dict[str, Any] = {"Linear": BiasedLinear, "Conv1D": BiasedConv1D, "Laye
 _WHOLE: dict[str, Any] = {"Linear": TrainedLinear, "Embedding": TrainedEmbedding}
 
 
-def mark(model: nn.Module, cfg: LoraConfig, layers: Mapping[str, LoRALinear]) -> list[str]:
-    """Make what `cfg.bias` and `cfg.modules_to_save` name train, in place; names of the parameters, in module order.
+def mark(model: nn.Module, cfg: LoraConfig, layers: Mapping[str, LoRALinear]) -> None:
+    """Make what `cfg.bias` and `cfg.modules_to_save` name train, in place.
 
     To be called on an adapted model, before its linear layers are frozen. ConfigError for what is not there, is
     adapted, shares its weight with another module, or is of a kind that is not cast here.
     """
     whole = _modules_to_save(model, cfg, layers)
     biased = _biased(model, cfg, layers) - whole.keys()
-    names = []
     for name, module in model.named_modules():
         if name in whole:
-            names += [f"{name}.{key}" for key in _train(module, list(module._parameters), name, _WHOLE)]
+            _train(module, list(module._parameters), name, _WHOLE)
         elif name in biased:
-            names += [f"{name}.{key}" for key in _train(module, ["bias"], name, _BIASED)]
-    return names
+            _train(module, ["bias"], name, _BIASED)
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """What of the base trains, by parameter name, each with its module."""
+    kinds = (*_BIASED.values(), *_WHOLE.values())
+    return {
+        f"{name}.{key}": module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    }
 
 
 def _biased(model: nn.Module, cfg: LoraConfig, layers: Mapping[str, LoRALinear]) -> set[str]:
@@ -124,23 +140,22 @@ def _modules_to_save(model: nn.Module, cfg: LoraConfig, layers: Mapping[str, LoR
     return found
 
 
-def _train(module: nn.Module, keys: list[str], name: str, kinds: Mapping[str, Any]) -> list[str]:
-    """Make these parameters of a module fp32 and trainable, and have it cast them; those that there are."""
+def _train(module: nn.Module, keys: list[str], name: str, kinds: Mapping[str, Any]) -> None:
+    """Make these parameters of a module, where it has them, fp32 and trainable, and have it cast them."""
     kind = type(module).__name__
     if kind not in kinds:
         raise ConfigError(
             f"{name} is a {kind}, which cannot train here; {', '.join(kinds)} can: see lora.bias and "
             "lora.modules_to_save"
         )
-    there = [key for key in keys if module._parameters[key] is not None]
-    for key in there:
+    for key in keys:
         given = module._parameters[key]
-        assert given is not None
+        if given is None:
+            continue
         if kind == "Embedding":
             module.compute_dtype = given.dtype  # type: ignore[assignment]
         module._parameters[key] = nn.Parameter(given.detach().to(torch.float32), requires_grad=True)
     module.__class__ = kinds[kind]
-    return there
 
 
 def restore(model: nn.Module, others: Mapping[str, Tensor]) -> None:

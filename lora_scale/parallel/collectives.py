@@ -70,6 +70,11 @@ def scatter(x: Tensor, group: Any) -> Tensor:
     return begin_scatter(x, group)()
 
 
+def total(x: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks; not for autograd."""
+    return _sum(x, group)
+
+
 def take_sequence(x: Tensor, group: Any) -> Tensor:
     return _Operator.apply(x, group, _take, _gather)
 

@@ -7,7 +7,7 @@ per-batch means would weigh a token by the company it keeps.
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -120,22 +120,25 @@ def clips_itself(cfg: RunConfig) -> bool:
     return cfg.method != "full" or cfg.parallel.zero_stage == 0
 
 
-def optimizer_for(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:
+def optimizer_for(model: nn.Module, cfg: RunConfig, uneven: Collection[str] = ()) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; those with fewer than two dims (norms, biases) do not decay.
 
-    A group's `lr_ratio` is its learning rate over the schedule's: other than 1 for lora_B in LoRA+.
+    A group's `lr_ratio` is its learning rate over the schedule's: other than 1 for lora_B in LoRA+. What tensor
+    parallelism cuts into `uneven` shards is apart: ZeRO-1 and 2 lay a group end to end, and the other groups must be
+    partitioned alike on the ranks that sum parts of a gradient.
     """
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # no empty group, which breaks torch's own bookkeeping
+    members: dict[tuple[bool, ...], list[nn.Parameter]] = {}  # no empty group, which breaks torch's own bookkeeping
     for name, p in model.named_parameters():
         if p.requires_grad:
-            members.setdefault((len(zero3.shape(p)) >= 2, name.endswith(".lora_B")), []).append(p)
+            group = len(zero3.shape(p)) >= 2, name.endswith(".lora_B"), name in uneven
+            members.setdefault(group, []).append(p)
     groups = [
         {
             "params": found,
             "weight_decay": cfg.train.weight_decay if decays else 0.0,
             "lr_ratio": cfg.train.loraplus_lr_ratio if is_b else 1.0,
         }
-        for (decays, is_b), found in members.items()
+        for (decays, is_b, _), found in members.items()
     ]
     return torch.optim.AdamW(groups, lr=cfg.train.lr, betas=cfg.train.betas, eps=cfg.train.eps)
 
@@ -153,15 +156,17 @@ class Engine:
         splits: Mapping[str, Split],
     ):
         self.cfg, self.grid, self.world, self.dropout, self.config = cfg, grid, grid.world, dropout, config
-        self._splits = tensor_parallel.factor_splits(model, splits)
-        self._shared = tensor_parallel.shared_elements(model, splits, grid)
+        self._splits = tensor_parallel.trained_splits(model, splits)
+        self._shared = tensor_parallel.shared_elements(model, splits, grid, cfg.parallel.sequence_parallel)
+        self._alike = tensor_parallel.alike(model, splits, self._shared) if grid.tp_size > 1 else frozenset()
+        uneven = [name for name, split in self._splits.items() if not split.is_even(grid.tp_size)]
         deepspeed = importlib.import_module("deepspeed")
         deepspeed.utils.groups.mpu = None  # DeepSpeed would ask that of a run before this one in this process
         with _no_base_broadcast():
             self.ds, *_ = deepspeed.initialize(
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=optimizer_for(model, cfg),
+                optimizer=optimizer_for(model, cfg, uneven),
                 config=config,
                 dist_init_required=False,
                 mpu=Mpu(grid) if grid.tp_size > 1 else None,
@@ -207,7 +212,7 @@ class Engine:
             with self.clock.phase("step"):
                 if self._parts and self.ds.is_gradient_accumulation_boundary():
                     limit = self.cfg.train.max_grad_norm
-                    norm = gradients.finish(self.ds, self._parts, self._shared, self.grid, limit)
+                    norm = gradients.finish(self.ds, self._parts, self._shared, self._alike, self.grid, limit)
                 self.ds.step()  # counts micro-batches; the optimizer steps at the last one
         if norm is None:
             norm = torch.as_tensor(self.ds.get_global_grad_norm(), device=self.world.device)

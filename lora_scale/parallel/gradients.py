@@ -17,16 +17,21 @@ from lora_scale.parallel.masters import Part
 Spans = Mapping[str, list[tuple[int, int]]]
 
 
-def finish(ds: Any, parts: list[Part], shared: Spans, grid: Grid, max_norm: float) -> Tensor:
+def finish(ds: Any, parts: list[Part], shared: Spans, alike: frozenset[str], grid: Grid, max_norm: float) -> Tensor:
     """Make the gradients whole, clip them to `max_norm` (0: do not), and return their norm before that, shape ().
 
     `shared` gives the elements of a flattened tensor that several tensor-parallel ranks keep, of whose gradient each
-    has seen a part: these are summed, in fp32 and all in one collective, and counted once in the norm.
+    has seen a part: these are summed, in fp32 and all in one collective, and counted once in the norm. So are tensors
+    that are `alike`, whole on each of these ranks with all of their gradient, after a division: rounding must not drive
+    the copies apart.
     """
     runs = [(part, gradient) for part in parts if (gradient := _gradient(ds, part)) is not None]
     device = parts[0].parameter.device
     everything = [gradient for _, gradient in runs]
-    pieces = [piece for part, gradient in runs for piece in _pieces(part, gradient, shared.get(part.name, []))]
+    copies = [gradient for part, gradient in runs if part.name in alike]
+    if copies:
+        torch._foreach_div_(copies, grid.tp_size)
+    pieces = [piece for part, gradient in runs for piece in _pieces(part, gradient, shared.get(part.name, []))] + copies
     _sum(pieces, grid.tp_group)
     if grid.dp_size > 1 and any(part.replicated for part in parts):
         _sum(everything, grid.dp_group)

@@ -25,7 +25,7 @@ from lora_scale.parallel.zero3 import Partitioner
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError, ModelError
 from lora_scale.spec.layout import Placement, TensorEntry, zero_span
-from lora_scale.spec.splits import Split
+from lora_scale.spec.splits import Split, trained
 from lora_scale.storage.folder import ModelFolder, sources, unused
 
 ALIGNMENT = 512  # bytes; what the CUDA allocator and NCCL like a tensor to start at
@@ -196,7 +196,9 @@ def _homes(
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 name = f"{prefix}.{key}" if prefix else key
-                place = Placement(splits.get(file_name(name)), grid.tp_rank, grid.tp_size, *zero)
+                split = splits.get(file_name(name))
+                split = trained(split) if parameter.requires_grad else split
+                place = Placement(split, grid.tp_rank, grid.tp_size, *zero)
                 found.setdefault(id(parameter), Home(name, parameter, place)).owners.append((module, key))
     homes = list(found.values())
     return _laid_out(homes, partitioner) if isinstance(partitioner, FlatBase) else homes

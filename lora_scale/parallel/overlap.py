@@ -32,7 +32,10 @@ def reads_in_parts(block: nn.Module) -> bool:
 
 
 def _is_frozen(layer: nn.Module) -> bool:
-    return type(layer.base_layer if isinstance(layer, LoRALinear) else layer) is FrozenLinear
+    """Frozen, and with an adapter that makes its input again: others keep it, in memory that is overwritten."""
+    if isinstance(layer, LoRALinear):
+        return layer.remakes_input and type(layer.base_layer) is FrozenLinear
+    return type(layer) is FrozenLinear
 
 
 def gatherer(exchange: Exchange) -> Callable[[Tensor, Any], Tensor]:

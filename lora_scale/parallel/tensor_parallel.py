@@ -18,46 +18,68 @@ only its part, and is summed once a step (`parallel.gradients`).
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_scale.adapters.lora import adapted_layers, file_name
-from lora_scale.parallel import collectives, exchange, overlap, recompute
+from lora_scale.adapters import trained
+from lora_scale.adapters.lora import DoRALinear, adapted_layers, file_name
+from lora_scale.adapters.peft import MAGNITUDE
+from lora_scale.parallel import collectives, exchange, overlap, recompute, zero3
 from lora_scale.parallel.grid import Grid
+from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import Family, has_suffix
-from lora_scale.spec.splits import Part, Split
+from lora_scale.spec.splits import Part, Split, magnitude_split
 from lora_scale.spec.splits import factor_splits as split_factors
+from lora_scale.spec.splits import trained as trained_split
 
 
-def factor_splits(model: nn.Module, splits: Mapping[str, Split]) -> dict[str, Split]:
-    """How the adapters' factors are cut, by parameter name; a factor that is not named is whole."""
-    found: dict[str, Split] = {}
+def trained_splits(model: nn.Module, splits: Mapping[str, Split]) -> dict[str, Split]:
+    """How what trains is cut, by parameter name; a parameter that is not named is whole."""
+    found: dict[str, Split | None] = {}
     for name, layer in adapted_layers(model).items():
         split = splits.get(file_name(f"{name}.base_layer.weight"))
-        pair = split_factors(split, conv1d=not isinstance(layer.base_layer, nn.Linear))
-        found |= {f"{name}.{key}": s for key, s in zip(("lora_A", "lora_B"), pair, strict=True) if s is not None}
-    return found
+        of_a, of_b = split_factors(split, conv1d=not isinstance(layer.base_layer, nn.Linear))
+        found |= {f"{name}.lora_A": of_a, f"{name}.lora_B": of_b}
+        if isinstance(layer, DoRALinear):
+            found[f"{name}.{MAGNITUDE}"] = magnitude_split(of_b)
+    found |= {name: trained_split(splits.get(file_name(name))) for name in trained.parameters(model)}
+    return {name: split for name, split in found.items() if split is not None}
 
 
-def shared_elements(model: nn.Module, splits: Mapping[str, Split], grid: Grid) -> dict[str, list[tuple[int, int]]]:
-    """Of the factors of cut layers, the elements that several ranks keep, as spans of this rank's flattened shard.
+def shared_elements(
+    model: nn.Module, splits: Mapping[str, Split], grid: Grid, sequence_parallel: bool
+) -> dict[str, list[tuple[int, int]]]:
+    """Of what trains, the elements that several ranks keep and of whose gradient each sees a part, as spans of this
+    rank's flattened shard.
 
-    All of a whole factor, and the rows of lora_B that belong to a shared key head. A rank sees a part of their
-    gradient.
+    All of a whole factor or magnitude of a cut layer; what belongs to a shared key head; a bias that one rank adds; and
+    with `sequence_parallel` the norms' biases, of which a rank sees its own tokens.
     """
-    factors, found = factor_splits(model, splits), {}
-    for name, layer in adapted_layers(model).items():
-        if file_name(f"{name}.base_layer.weight") not in splits:
-            continue
-        for key in ("lora_A", "lora_B"):
-            split = factors.get(f"{name}.{key}")
-            if split is None:
-                found[f"{name}.{key}"] = [(0, getattr(layer, key).numel())]
-            elif split.dim == -2 and (rows := split.shared_spans(grid.tp_rank, grid.tp_size)):
-                found[f"{name}.{key}"] = [(start * layer.r, stop * layer.r) for start, stop in rows]
+    cuts, found = trained_splits(model, splits), {}
+    layers, base = adapted_layers(model), trained.parameters(model)
+    for name, parameter in model.named_parameters():
+        module, numel = name.rpartition(".")[0], zero3.numel(parameter)
+        if (split := cuts.get(name)) is not None:
+            if rows := split.shared_spans(grid.tp_rank, grid.tp_size):
+                length = zero3.shape(parameter)[split.dim]
+                found[name] = [(start * numel // length, stop * numel // length) for start, stop in rows]
+        elif module in layers and parameter.requires_grad:
+            if file_name(f"{module}.base_layer.weight") in splits:
+                found[name] = [(0, numel)]
+        elif name in base:
+            is_norm = isinstance(base[name], trained.BiasedLayerNorm)
+            if file_name(name) in splits or (is_norm and sequence_parallel):
+                found[name] = [(0, numel)]
     return found
+
+
+def alike(model: nn.Module, splits: Mapping[str, Split], shared: Mapping[str, list[tuple[int, int]]]) -> frozenset[str]:
+    """What trains and is whole on every rank, each of which sees all of its gradient."""
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return frozenset(trains - trained_splits(model, splits).keys() - shared.keys())
 
 
 def apply(
@@ -71,7 +93,11 @@ def apply(
 ) -> str:
     """Cut the adapters and put the operators around the layers; the base may be on meta, whole. A note for the user,
     "" where there is none. Collective."""
-    _cut_adapters(model, factor_splits(model, splits), grid)
+    _check_trained(model, splits)
+    _cut_adapters(model, trained_splits(model, splits), grid)
+    for name, layer in trained.parameters(model).items():
+        if grid.tp_rank and trained_split(split := splits.get(file_name(name))) is not split:
+            layer.share = 0.0  # type: ignore[assignment]
     enter = collectives.gather_sequence if sequence_parallel else collectives.sum_gradient
     leave = collectives.scatter_sequence if sequence_parallel else collectives.sum_ranks
     hidden, note = exchange.choose(grid.world, grid.tp_group) if sequence_parallel and overlaps else (None, "")
@@ -109,17 +135,30 @@ def _last_norm(model: nn.Module) -> nn.Module:
     return [part for part in parts if next(part.parameters(), None) is not None][-1]
 
 
-def _cut_adapters(model: nn.Module, factors: Mapping[str, Split], grid: Grid) -> None:
-    with torch.no_grad():
-        for name, layer in adapted_layers(model).items():
-            for key, start in (("lora_A", "start_A"), ("lora_B", "start_B")):
-                if (split := factors.get(f"{name}.{key}")) is not None:
-                    factor = getattr(layer, key)
-                    factor.data = cut(factor.data, split, grid.tp_rank, grid.tp_size)
-                    if (began := getattr(layer, start)) is not None:
-                        setattr(layer, start, cut(began, split, grid.tp_rank, grid.tp_size))
-            if (split := factors.get(f"{name}.lora_A")) is not None:
-                layer.first_feature = split.spans(layer.in_features, grid.tp_rank, grid.tp_size)[0][0]
+def _check_trained(model: nn.Module, splits: Mapping[str, Split]) -> None:
+    """ConfigError for a part of the base that trains in a place where its gradient is not known to be whole."""
+    for name, module in trained.parameters(model).items():
+        known = isinstance(module, trained.BiasedLayerNorm | trained.TrainedEmbedding)
+        if not known and file_name(name) not in splits:
+            raise ConfigError(
+                f"{name} would train under tensor parallelism, which does not cut it; leave it out of "
+                "lora.modules_to_save and lora.bias, or set parallel.tensor_parallel_size=1"
+            )
+
+
+def _cut_adapters(model: nn.Module, cuts: Mapping[str, Split], grid: Grid) -> None:
+    """Factors, magnitudes, and what goes with them, to this rank's part."""
+    for name, layer in adapted_layers(model).items():
+        for key, beside in (("lora_A", "start_A"), ("lora_B", "start_B"), (MAGNITUDE, "squares")):
+            if (split := cuts.get(f"{name}.{key}")) is not None:
+                whole = getattr(layer, key)
+                whole.data = cut(whole.data, split, grid.tp_rank, grid.tp_size)
+                if (other := getattr(layer, beside)) is not None:
+                    setattr(layer, beside, cut(other, split, grid.tp_rank, grid.tp_size))
+        if (split := cuts.get(f"{name}.lora_A")) is not None:
+            layer.first_feature = split.spans(layer.in_features, grid.tp_rank, grid.tp_size)[0][0]
+            if isinstance(layer, DoRALinear):
+                layer.sum_parts = partial(collectives.total, group=grid.tp_group)
 
 
 def cut(whole: Tensor, split: Split, rank: int, ranks: int) -> Tensor:
@@ -183,6 +222,8 @@ def _cut_vocabulary(model: nn.Module, grid: Grid) -> None:
     table = model.get_input_embeddings()  # type: ignore[operator]
     tokens = table.weight.shape[0]
     first, last = Part(tokens).span(grid.tp_rank, grid.tp_size)
+    if table.padding_idx is not None:
+        table.padding_idx = table.padding_idx - first if first <= table.padding_idx < last else None
     foreign: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> Any:

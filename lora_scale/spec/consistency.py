@@ -64,18 +64,13 @@ def _check_lora(cfg: "RunConfig") -> None:
         )
     if lora.use_dora:
         _check_dora(cfg)
-    trains_base = f"lora.bias is {lora.bias}" if lora.bias != "none" else "lora.modules_to_save is set"
-    if lora.bias != "none" or lora.modules_to_save:
-        if cfg.parallel.tensor_parallel_size > 1:
-            raise ValueError(
-                f"{trains_base} and parallel.tensor_parallel_size is {cfg.parallel.tensor_parallel_size}: parts of the "
-                "base train under ZeRO alone; set parallel.tensor_parallel_size=1"
-            )
-        if cfg.parallel.base_sharding == "node" or cfg.parallel.adapter_sharding == "replicate":
-            raise ValueError(
-                f"{trains_base}, which ZeRO partitions over all ranks; leave parallel.base_sharding and "
-                "parallel.adapter_sharding at their defaults"
-            )
+    trains_base = lora.bias != "none" or lora.modules_to_save
+    if trains_base and (cfg.parallel.base_sharding == "node" or cfg.parallel.adapter_sharding == "replicate"):
+        said = f"lora.bias is {lora.bias}" if lora.bias != "none" else "lora.modules_to_save is set"
+        raise ValueError(
+            f"{said}, which ZeRO partitions over all ranks; leave parallel.base_sharding and "
+            "parallel.adapter_sharding at their defaults"
+        )
     if lora.pissa is not None and lora.dropout:
         raise ValueError(
             f"lora.pissa is {lora.pissa} and lora.dropout is {lora.dropout}, which would drop principal components of "
@@ -84,11 +79,6 @@ def _check_lora(cfg: "RunConfig") -> None:
 
 
 def _check_dora(cfg: "RunConfig") -> None:
-    if cfg.parallel.tensor_parallel_size > 1:
-        raise ValueError(
-            f"lora.use_dora is true and parallel.tensor_parallel_size is {cfg.parallel.tensor_parallel_size}: a row's "
-            "length is not known to one rank; set parallel.tensor_parallel_size=1"
-        )
     for key, value in (("pissa", cfg.lora.pissa), ("dropout", cfg.lora.dropout or None)):
         if value is not None:
             raise ValueError(f"lora.use_dora is true and lora.{key} is {value}, which do not go together here")

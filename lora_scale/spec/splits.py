@@ -58,6 +58,10 @@ class Split:
         size = sum(stop - start for start, stop in self.spans(whole[dim], rank, ranks))
         return (*whole[:dim], size, *whole[dim + 1 :])
 
+    def is_even(self, ranks: int) -> bool:
+        """Whether the ranks' shards have one shape."""
+        return not any(part.kept == "pieces" and part.size % ranks for part in self.parts)
+
     def shared_spans(self, rank: int, ranks: int) -> list[Span]:
         """Along `dim` of the rank's shard, what every rank keeps alike."""
         found, done = [], 0
@@ -95,6 +99,16 @@ def factor_splits(split: Split | None, conv1d: bool) -> tuple[Split | None, Spli
     if (split.dim == -1) is conv1d:  # output features
         return None, Split(-2, split.parts)
     return Split(-1, split.parts), None
+
+
+def trained(split: Split | None) -> Split | None:
+    """The same of a parameter that trains: a bias that one rank adds is whole on each, and so are its moments."""
+    return None if split is not None and any(part.kept == "first" for part in split.parts) else split
+
+
+def magnitude_split(of_b: Split | None) -> Split | None:
+    """How DoRA's magnitudes (out,) are cut where lora_B is."""
+    return None if of_b is None else Split(-1, of_b.parts)
 
 
 def _row(model: Architecture, ranks: int) -> Family:

@@ -15,7 +15,7 @@ from lora_scale.spec.cost import ADAM, FP32, ITEMSIZE, Shape, numel, reduce_buck
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import has_suffix
 from lora_scale.spec.layout import flat_bytes, flat_piece
-from lora_scale.spec.splits import Split, factor_splits, splits
+from lora_scale.spec.splits import Split, factor_splits, magnitude_split, splits, trained
 from lora_scale.spec.targets import ranks as adapter_ranks
 
 
@@ -145,8 +145,8 @@ def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Sha
         d_in, d_out = linear.features
         of_a, of_b = factor_splits(cuts.get(linear.name), linear.kind == "conv1d")
         shapes += [_largest((r, d_in), of_a, tp), _largest((d_out, r), of_b, tp)]
-        shapes += [(d_out,)] if cfg.lora.use_dora else []
-    return [*shapes, *(p.shape for p in trained_base(model, cfg))]
+        shapes += [_largest((d_out,), magnitude_split(of_b), tp)] if cfg.lora.use_dora else []
+    return [*shapes, *(_largest(p.shape, trained(cuts.get(p.name)), tp) for p in trained_base(model, cfg))]
 
 
 def _largest(shape: Shape, split: Split | None, tp: int) -> Shape:
