@@ -27,7 +27,7 @@ train:
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 LORA_KEYS = (
     "r, lora_alpha, dropout, target_modules, rank_pattern, alpha_pattern, use_rslora, init_A, use_dora, bias, "
-    "modules_to_save, pissa"
+    "modules_to_save, trainable_token_indices, pissa"
 )
 TOP = (
     "keys at the top: run_dir, method, precision, recompute, kernels, resume, init_adapter, allow_other_base, seed, "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_scale.adapters import peft, targets
 from lora_scale.adapters.initial import load_factors
 from lora_scale.adapters.lora import LoRALinear, adapt
+from lora_scale.adapters.trained import restore
 from lora_scale.spec.config import LoraConfig
 from lora_scale.spec.errors import CheckpointError
 
@@ -115,6 +116,8 @@ def test_a_name_that_ends_another_name_is_written_as_an_expression() -> None:
 
 
 PEFT_CONFIGS = {
+    "new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [9, 3]},
+    "new tokens by name": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [60]}},
     "suffixes": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
     "expression": {"target_modules": r".*layers\.1\..*(q|up)_proj", "use_rslora": True},
     "some layers": {"target_modules": ["down_proj"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
@@ -135,6 +138,9 @@ def test_we_read_what_peft_saved(values: dict, dtype: torch.dtype, tmp_path: Pat
             for factor in (layer.lora_A, layer.lora_B):
                 nn.init.normal_(factor["default"].weight.data, std=0.2)
                 factor["default"].to(dtype).to(torch.float32)  # values that dtype holds
+    for name, parameter in theirs.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data.normal_().copy_(parameter.to(dtype))
     expected = logits(theirs)
     for parameter in theirs.parameters():
         if parameter.requires_grad:
@@ -145,6 +151,7 @@ def test_we_read_what_peft_saved(values: dict, dtype: torch.dtype, tmp_path: Pat
     model = tiny_model("llama").eval()
     layers = adapt(model, adapter.lora_config(), seed=5)
     load_factors(layers, adapter)
+    restore(model, adapter.others)
     assert len(layers) == sum(isinstance(layer, LoraLayer) for layer in theirs.modules())
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
     assert adapter.max_rank == 4
@@ -249,6 +256,13 @@ DAMAGES = {
     "init_lora_weights is 'pissa'": lambda f: _edit_config(f, init_lora_weights="pissa"),
     "lacks lm_head, which adapter_config.json has in modules_to_save": lambda f: _edit_config(
         f, modules_to_save=["lm_head"]
+    ),
+    "has the rows of 0 tokens, and adapter_config.json names 2 in trainable_token_indices": lambda f: _edit_config(
+        f, trainable_token_indices=[3, 5]
+    ),
+    "trainable_token_indices is [3, 3]; only ids": lambda f: _edit_config(f, trainable_token_indices=[3, 3]),
+    "only ids of the input embedding, each once, are read": lambda f: _edit_config(
+        f, trainable_token_indices={"embed_tokens": [3], "lm_head": [4]}
     ),
     "a_variant_of_tomorrow is 3": lambda f: _edit_config(f, a_variant_of_tomorrow=3),
     "r is None; it must be a positive number": lambda f: _edit_config(f, r=None),

@@ -19,6 +19,7 @@ def test_a_plain_adapter_is_served_by_all() -> None:
         ("vLLM", {}, LLAMA, 513, "llama", "it takes ranks up to 512, and this one has r = 513"),
         ("vLLM", {"use_dora": True}, LLAMA, 8, None, "it has no DoRA"),
         ("vLLM", {"modules_to_save": ["lm_head"]}, LLAMA, 8, None, "it takes no modules_to_save"),
+        ("vLLM", {"trainable_token_indices": [3]}, LLAMA, 8, None, "it takes no trainable_token_indices"),
         ("vLLM", {"bias": "all"}, LLAMA, 8, None, "it leaves out trained biases"),
         ("vLLM", {"rank_pattern": {"q_proj": 4}}, LLAMA, 8, None, "rank_pattern and alpha_pattern are ignored"),
         ("vLLM", {}, ("h.0.attn.c_attn",), 8, "gpt2", "it has no LoRA for models of type gpt2"),

@@ -1,5 +1,6 @@
 """Variants of LoRA on two ranks are PEFT's in one process: losses, gradients, what a checkpoint of them holds."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from ranks import run_ranks
 from tiny import tiny_folder
+from tiny_models import tiny_model
 from torch import Tensor, nn
 from training import Trace, _our_name, _reference_steps, assert_equal, config, random_factors, write_rows
 from transformers import AutoModelForCausalLM
 from variant_cases import Run
 
 from lora_scale import cli
+from lora_scale.adapters import trained
 from lora_scale.adapters.frozen import freeze_linears
 from lora_scale.adapters.lora import adapt
 from lora_scale.parallel import overlap
 from lora_scale.spec.config import LoraConfig as OurConfig
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import roles
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage import prepared
@@ -89,6 +93,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         f"tensor parallel{and_stage}": {"parallel__tensor_parallel_size": 2, "parallel__zero_stage": stage}
         for stage, and_stage in ((3, ""), (1, ", ZeRO-1"), (0, ", ZeRO-0"))
     },
+    "ZeRO-3 of all": {"parallel__base_engine": "deepspeed", "parallel__adapter_sharding": "zero"},
     "sequence parallel": {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True},
 }
 ALONE = [name for name in LAYOUTS if name.startswith("ZeRO")]
@@ -124,7 +129,8 @@ def with_peft(cfg: RunConfig, values: dict[str, Tensor], **more: Any) -> tuple[n
 
 def our_name(peft_name: str) -> str:
     name = _our_name(peft_name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
-    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    return name.replace(".trainable_tokens_delta.default", ".trainable_tokens_delta")
 
 
 @torch.no_grad()
@@ -193,6 +199,7 @@ def pissa(place: Path, how: str | int, layouts: Sequence[str]) -> Group:
     return trees, {"init_lora_weights": "pissa"}
 
 
+NEW = [90, 5, 96, 40]  # one is the padding token, one is in no row: the output layer alone gives it a gradient
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all biases and the head": ("gpt2", {"bias": "all", "modules_to_save": ["lm_head"]}),
     "biases of adapted layers": ("qwen2", {"bias": "lora_only"}),
@@ -201,13 +208,17 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "head and embeddings": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     "embeddings of places": ("gpt2", {"modules_to_save": ["wpe", "wte"], "r": 16}),
     "layers of blocks": ("qwen2", {"modules_to_save": ["gate_proj", "down_proj"]}),
+    "new tokens": ("llama", {"trainable_token_indices": NEW, "use_dora": True}),
+    "new tokens at both ends": ("gemma3_text", {"trainable_token_indices": NEW}),
 }
+TIED = ("new tokens at both ends",)
 
 
 def parts(place: Path, case: str, layouts: Sequence[str]) -> Group:
     """The vocabulary is cut into unequal pieces, and the padding token is not of the first."""
     kind, changes = PARTS[case]
-    model = tiny_folder(place / "model", kind, torch.float32, tie_word_embeddings=False, vocab_size=97, pad_token_id=90)
+    changed = {"tie_word_embeddings": case in TIED, "vocab_size": 97, "pad_token_id": 90}
+    model = tiny_folder(place / "model", kind, torch.float32, **changed)
     rows, ours = write_rows(place / "rows.jsonl"), {f"lora__{key}": value for key, value in changes.items()}
     return {name: tree_of(model, rows, place / name, **LAYOUTS[name], **ours) for name in layouts}, changes
 
@@ -220,7 +231,8 @@ def test_variants_are_pefts(tmp_path: Path) -> None:
         "pissa": pissa(tmp_path / "pissa", "full", ["ZeRO-3", "tensor parallel"]),
         biases: parts(tmp_path / "biases", biases, ["ZeRO-3", "sequence parallel"]),
         modules: parts(tmp_path / "modules", modules, ["tensor parallel"]),
-        "DoRA": parts(tmp_path / "dora", "DoRA", ["tensor parallel"]),
+        "new tokens": parts(tmp_path / "tokens", "new tokens", ["ZeRO-3 of all", "tensor parallel"]),
+        "new tokens at both ends": parts(tmp_path / "ends", "new tokens at both ends", ["sequence parallel"]),
     }
     check(2, groups, tmp_path)
 
@@ -255,3 +267,40 @@ def test_only_what_makes_its_input_again_reads_it_from_memory_that_is_overwritte
     principal = block()
     principal["q_proj"].begin_at(torch.ones(2, 6), torch.ones(6, 2), keep_whole=False)
     assert not overlap.reads_in_parts(principal)
+
+
+@pytest.mark.parametrize(
+    ("tied", "changes", "message"),
+    [
+        (False, {"modules_to_save": ("lm_haed",)}, "matches no module; did you mean lm_head?"),
+        (
+            True,
+            {"modules_to_save": ("lm_head",)},
+            "names lm_head, which shares its weight with model.embed_tokens; leave",
+        ),
+        (False, {"modules_to_save": ("q_proj",)}, "q_proj, which lora.target_modules adapts; leave one out"),
+        (
+            False,
+            {"modules_to_save": ("input_layernorm",)},
+            "is a LlamaRMSNorm, which cannot train here; Linear, Embeddi",
+        ),
+        (False, {"bias": "all"}, "lora.bias is all, but no layer of this model has a bias; set lora.bias=none"),
+        (False, {"trainable_token_indices": (5, 64)}, "has 64, but the embedding has rows 0 to 63; give the base rows"),
+        (
+            False,
+            {"trainable_token_indices": (5,), "modules_to_save": ("embed_tokens",)},
+            "names model.embed_tokens, of which lora.trainable_token_indices has rows; leave one out",
+        ),
+    ],
+)
+def test_what_cannot_train_is_named(tied: bool, changes: dict[str, Any], message: str) -> None:
+    model = tiny_model("llama", device="meta", tie_word_embeddings=tied)
+    lora = OurConfig(r=2, **changes)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        trained.mark(model, lora, adapt(model, lora, seed=0))
+
+
+def test_a_token_named_twice() -> None:
+    tree = config(Path("model"), Path("rows"), Path("run"), lora__trainable_token_indices=[5, 7, 5])
+    with pytest.raises(ValueError, match="trainable_token_indices has 5 more than once; leave the others out"):
+        RunConfig.model_validate(tree)

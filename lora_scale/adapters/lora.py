@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_scale.adapters import lean, marks
+from lora_scale.adapters import lean, marks, tokens
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.targets import features, select_targets
 from lora_scale.adapters.update import updated
@@ -177,7 +177,7 @@ def draw_a(seed: int, name: str, r: int, in_features: int, init: Literal["kaimin
 
 
 def adapt(model: nn.Module, cfg: LoraConfig, seed: int, context: DropoutContext | None = None) -> dict[str, LoRALinear]:
-    """Freeze `model` and wrap the target layers in place; the wrapped layers by name, in module order.
+    """Freeze `model`, wrap the target layers in place and let new tokens train; the layers by name, in module order.
 
     The base may be on meta. `context` is the one the training loop sets; without it one is made if dropout needs it.
     """
@@ -205,6 +205,7 @@ def adapt(model: nn.Module, cfg: LoraConfig, seed: int, context: DropoutContext 
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         adapted[name] = layer
+    tokens.insert(model, cfg.trainable_token_indices)
     return adapted
 
 

@@ -1,4 +1,5 @@
-"""PEFT's adapter folder: its two files, its keys and its tensor names. The only door to them; imports no `peft`.
+"""PEFT's adapter folder: its two files, its keys and its tensor names. The only door to them, with what
+`adapters.peft_config` reads; imports no `peft`.
 
     adapter_config.json        what is adapted and how it is scaled
     adapter_model.safetensors  base_model.model.<module>.lora_A.weight (r, in) and ...lora_B.weight (out, r)
@@ -8,8 +9,6 @@ wraps the folder in `storage.durable.whole_directory`.
 """
 
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_scale.adapters import principal
+from lora_scale.adapters import peft_config, principal, tokens
 from lora_scale.adapters.lora import LoRALinear, scaling
+from lora_scale.adapters.peft_config import CONFIG_FILE as CONFIG_FILE
+from lora_scale.adapters.peft_config import PATTERNS, TOKENS
 from lora_scale.adapters.targets import by_pattern, exact_suffixes, pattern_matches
 from lora_scale.spec.config import LoraConfig
 from lora_scale.spec.errors import CheckpointError, ModelError
@@ -28,7 +29,7 @@ from lora_scale.spec.layout import ByteRange
 from lora_scale.storage.durable import write_file
 from lora_scale.storage.weights import Reader, read_safetensors, write_safetensors
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 FINGERPRINT = "base_fingerprint"
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "fp32": ("F32", torch.float32),
@@ -40,32 +41,15 @@ _FACTORS = (".lora_A", ".lora_B")
 _TORCH_DTYPES = dict(DTYPES.values())
 
 MAGNITUDE = "lora_magnitude_vector"
-OTHERS = "brings more than factors (DoRA, bias, modules_to_save)"
-
-_PATTERNS = ("rank_pattern", "alpha_pattern")
-_READ = (
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
-    *("modules_to_save", "use_dora"),
-)
-_NEUTRAL = (
-    # Which modules are adapted is read from the tensors' names.
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type", "auto_mapping"),
-    # Settings of variants; the key that would turn the variant on is not neutral.
-    *("loftq_config", "eva_config", "megatron_core", "qalora_group_size"),
-)
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", "lora_only", "all"),
-    "init_lora_weights": (True, False, "gaussian", "eva"),  # pissa, olora, corda and loftq also change the base
-}
+OTHERS = "brings more than factors (DoRA, bias, modules_to_save, new tokens)"
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter folder: adapter_config.json, and the factors by parameter name (<module>.lora_A).
 
-    `others` are DoRA's magnitudes and parts of the base that trained, by their names in an adapted model.
+    `others` are DoRA's magnitudes, rows of new tokens and parts of the base that trained, by their names in an adapted
+    model.
     """
 
     config: dict[str, Any]
@@ -93,7 +77,7 @@ class Adapter:
                 for pattern, value in (self.config.get(name) or {}).items()
                 if any(pattern_matches(pattern, module) for module in self.modules)
             }
-            for name in _PATTERNS
+            for name in PATTERNS
         )
         return LoraConfig(
             r=self.config["r"],
@@ -107,6 +91,7 @@ class Adapter:
             use_dora=bool(self.config.get("use_dora")),
             bias=self.config.get("bias") or "none",
             modules_to_save=tuple(self.config.get("modules_to_save") or ()),
+            trainable_token_indices=tuple(self.config.get(TOKENS) or ()),
         )
 
 
@@ -140,6 +125,7 @@ def adapter_config(
         "fan_in_fan_out": any(not isinstance(layer.base_layer, nn.Linear) for layer in adapted.values()),
         "init_lora_weights": "gaussian" if cfg.init_A == "gaussian" else True,
         "modules_to_save": list(cfg.modules_to_save) or None,
+        TOKENS: list(cfg.trainable_token_indices) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
@@ -183,7 +169,7 @@ def _bytes(factors: Mapping[str, Tensor], dtype: str, target: torch.dtype) -> It
 
 def read_adapter(folder: Path) -> Adapter:
     """An adapter that we or PEFT wrote, factors on the CPU in the files' dtype; CheckpointError says what is amiss."""
-    config = _read_config(folder)
+    config = peft_config.read(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickle = folder / "adapter_model.bin"
@@ -210,10 +196,18 @@ def read_adapter(folder: Path) -> Adapter:
     modules = [name.rpartition(".")[0] for name in factors]
     if config.get("use_dora") and (bare := [name for name in modules if f"{name}.{MAGNITUDE}" not in others]):
         raise CheckpointError(f"{path} lacks {key(bare[0])}.{MAGNITUDE}, and {CONFIG_FILE} says use_dora")
+    _check_others(path, config, others)
+    return Adapter(config, factors, others)
+
+
+def _check_others(path: Path, config: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
     for module in config.get("modules_to_save") or ():
         if not any(has_suffix(name.rpartition(".")[0], (module,)) for name in others):
             raise CheckpointError(f"{path} lacks {module}, which {CONFIG_FILE} has in modules_to_save")
-    return Adapter(config, factors, others)
+    rows = sum(len(value) for name, value in others.items() if name.endswith(tokens.DELTA))
+    if rows != len(config.get(TOKENS) or ()):
+        ids = len(config.get(TOKENS) or ())
+        raise CheckpointError(f"{path} has the rows of {rows} tokens, and {CONFIG_FILE} names {ids} in {TOKENS}")
 
 
 def base_fingerprint(folder: Path) -> str | None:
@@ -225,44 +219,11 @@ def base_fingerprint(folder: Path) -> str | None:
         raise CheckpointError(str(error)) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no adapter: it has no {CONFIG_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    for name, value in config.items():
-        plain = value in _ALLOWED[name] if name in _ALLOWED else name in (*_READ, *_NEUTRAL) or not value
-        if not plain:
-            raise CheckpointError(f"{path}: {name} is {value!r}; such an adapter is not read here, only plain LoRA")
-    _check_number(path, "r", config.get("r"), (int,))
-    _check_number(path, "lora_alpha", config.get("lora_alpha"), (int, float))
-    for name, kinds in zip(_PATTERNS, ((int,), (int, float)), strict=True):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict):
-            raise CheckpointError(f"{path}: {name} is {patterns!r}; it must be a JSON object")
-        for pattern, value in patterns.items():
-            _check_number(path, f"{name}[{pattern!r}]", value, kinds)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise CheckpointError(f"{path}: {name} has {pattern!r}, no regular expression: {error}") from None
-    return config
-
-
-def _check_number(path: Path, name: str, value: Any, kinds: tuple[type, ...]) -> None:
-    if type(value) not in kinds or not 0 < value < math.inf:
-        raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive number")
-
-
 def _parameter(path: Path, stored: str, config: Mapping[str, Any]) -> str:
     name = stored.removeprefix(_PREFIX)
     module, _, leaf = name.rpartition(".")
     more = ["bias"] * (config.get("bias", "none") != "none") + [MAGNITUDE] * bool(config.get("use_dora"))
+    more += [tokens.DELTA] * bool(config.get(TOKENS))
     if key(name) == stored and (leaf in more or has_suffix(module, tuple(config.get("modules_to_save") or ()))):
         return name
     name = name.removesuffix(_SUFFIX)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_scale.adapters import tokens
 from lora_scale.adapters.frozen import FrozenMatmul
 from lora_scale.adapters.lora import LoRALinear, file_name
 from lora_scale.spec.config import LoraConfig
@@ -137,6 +138,10 @@ def _modules_to_save(model: nn.Module, cfg: LoraConfig, layers: Mapping[str, LoR
     for name in found:
         if name in layers:
             raise ConfigError(f"lora.modules_to_save names {name}, which lora.target_modules adapts; leave one out")
+        if tokens.NAME in modules[name]._modules:
+            raise ConfigError(
+                f"lora.modules_to_save names {name}, of which lora.trainable_token_indices has rows; leave one out"
+            )
     return found
 
 

@@ -1,5 +1,5 @@
 """What variants must know of the adapted weights, computed once a module by one rank for all: principal components
-(`lora.pissa`), lengths of rows (`lora.use_dora`).
+(`lora.pissa`), lengths of rows (`lora.use_dora`); and the rows at which new tokens begin.
 
 Rank k takes every module whose number is k modulo the ranks, reads its whole weight from the files, one at a time, and
 works on it on its device; the result (two factors, or a vector) then travels to the others. A sharded weight is never
@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_scale.adapters import peft, principal
+from lora_scale.adapters import peft, principal, tokens
 from lora_scale.adapters.lora import DoRALinear, LoRALinear, row_squares
 from lora_scale.parallel.world import on_every_rank
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.layout import ByteRange, TensorEntry
 from lora_scale.storage.folder import ModelFolder, sources
 from lora_scale.storage.weights import Reader
 
@@ -54,6 +55,31 @@ def norms(model: nn.Module, layers: Mapping[str, LoRALinear], folder: ModelFolde
         layer.begin_at_norms(squares.cpu())
 
 
+def token_rows(model: nn.Module, folder: ModelFolder) -> None:
+    """Let new tokens begin at their rows of the table, which one rank reads. Collective over all ranks."""
+    found = tokens.rows_of(model)
+    if found is None:
+        return
+    rows, module = found[1], found[0].rpartition(".")[0]
+    table, given = model.get_submodule(module).weight, rows.ids[rows.rows.argsort()].tolist()
+    assert isinstance(table, Tensor)
+    width = table.shape[1]
+
+    def read() -> Tensor:
+        (entry,) = _entries(model, f"{module}.weight", tuple(table.shape), folder)
+        values = torch.empty(len(given), width, dtype=_DTYPES[entry.dtype])
+        with Reader() as reader:
+            for number, row in enumerate(given):
+                length = width * entry.itemsize
+                place = ByteRange(entry.file, entry.offset + row * length, length, entry.dtype)
+                reader.read_into(place, values[number].view(torch.uint8).numpy().data)
+        return values.float()
+
+    values = on_every_rank(lambda: read() if dist.get_rank() == 0 else torch.empty(len(given), width)).to(_device())
+    dist.broadcast(values, src=0)
+    tokens.begin_at(rows, values.cpu())
+
+
 def _from_checkpoint(path: Path, layers: Mapping[str, LoRALinear]) -> Factors:
     factors = peft.read_adapter(path).factors
     return {name: principal.start_in(factors, name, layer.r) for name, layer in layers.items()}
@@ -71,12 +97,16 @@ def _weight(model: nn.Module, name: str, layer: LoRALinear, folder: ModelFolder)
     """The whole weight of a module from the files, (out, in), on this rank's device."""
     linear = isinstance(layer.base_layer, nn.Linear)
     stored = (layer.out_features, layer.in_features) if linear else (layer.in_features, layer.out_features)
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    (entry,) = sources(folder, f"{name}.weight", stored, getattr(model, "base_model_prefix", ""), tied)
+    (entry,) = _entries(model, f"{name}.weight", stored, folder)
     weight = torch.empty(stored, dtype=_DTYPES[entry.dtype])
     with Reader() as reader:
         reader.read_into(entry.whole(), weight.view(-1).view(torch.uint8).numpy().data)
     return (weight if linear else weight.T).to(_device())
+
+
+def _entries(model: nn.Module, parameter: str, shape: tuple[int, ...], folder: ModelFolder) -> list[TensorEntry]:
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    return sources(folder, parameter, shape, getattr(model, "base_model_prefix", ""), tied)
 
 
 def _share(layers: Mapping[str, LoRALinear], found: Factors, owner: Callable[[int], int]) -> None:

@@ -167,6 +167,7 @@ def build_model(
                 f"lora.use_dora is true, but {outside[0]} is in no decoder layer; leave it out of targets"
             )
         principal.norms(model, layers, folder)
+    principal.token_rows(model, folder)
     if cfg.lora.pissa is not None:
         began = time.perf_counter()
         principal.start(cfg, model, layers, folder, resume)

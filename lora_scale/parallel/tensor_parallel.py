@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_scale.adapters import trained
+from lora_scale.adapters import tokens, trained
 from lora_scale.adapters.lora import DoRALinear, adapted_layers, file_name
 from lora_scale.adapters.peft import MAGNITUDE
 from lora_scale.parallel import collectives, exchange, overlap, recompute, zero3
@@ -55,8 +55,8 @@ def shared_elements(
     """Of what trains, the elements that several ranks keep and of whose gradient each sees a part, as spans of this
     rank's flattened shard.
 
-    All of a whole factor or magnitude of a cut layer; what belongs to a shared key head; a bias that one rank adds; and
-    with `sequence_parallel` the norms' biases, of which a rank sees its own tokens.
+    All of a whole factor or magnitude of a cut layer; what belongs to a shared key head; a bias that one rank adds; the
+    rows of new tokens; and with `sequence_parallel` the norms' biases, of which a rank sees its own tokens.
     """
     cuts, found = trained_splits(model, splits), {}
     layers, base = adapted_layers(model), trained.parameters(model)
@@ -69,6 +69,8 @@ def shared_elements(
         elif module in layers and parameter.requires_grad:
             if file_name(f"{module}.base_layer.weight") in splits:
                 found[name] = [(0, numel)]
+        elif name.endswith(f".{tokens.DELTA}"):
+            found[name] = [(0, numel)]
         elif name in base:
             is_norm = isinstance(base[name], trained.BiasedLayerNorm)
             if file_name(name) in splits or (is_norm and sequence_parallel):
@@ -220,10 +222,11 @@ def _divide(block: nn.Module, names: tuple[str, ...], ranks: int) -> None:
 
 def _cut_vocabulary(model: nn.Module, grid: Grid) -> None:
     table = model.get_input_embeddings()  # type: ignore[operator]
-    tokens = table.weight.shape[0]
-    first, last = Part(tokens).span(grid.tp_rank, grid.tp_size)
+    first, last = Part(table.weight.shape[0]).span(grid.tp_rank, grid.tp_size)
     if table.padding_idx is not None:
         table.padding_idx = table.padding_idx - first if first <= table.padding_idx < last else None
+    if (rows := tokens.rows_of(model)) is not None:
+        rows[1].keep(first, last)
     foreign: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_scale.adapters import initial, peft
+from lora_scale.adapters import initial, peft, tokens
 from lora_scale.adapters.lora import adapt
 from lora_scale.adapters.peft import Adapter
 from lora_scale.adapters.trained import restore
@@ -84,6 +84,7 @@ def compare(
         restore(model, {name: value.to(peft.DTYPES[dtype][1]).float() for name, value in trained.others.items()})
         ours = _logits(model, ids)
         restore(model, before)
+        tokens.remove(model)
         for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -64,6 +64,10 @@ def _check_lora(cfg: "RunConfig") -> None:
         )
     if lora.use_dora:
         _check_dora(cfg)
+    ids = lora.trainable_token_indices
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise ValueError(f"lora.trainable_token_indices has {twice} more than once; leave the others out")
     trains_base = lora.bias != "none" or lora.modules_to_save
     if trains_base and (cfg.parallel.base_sharding == "node" or cfg.parallel.adapter_sharding == "replicate"):
         said = f"lora.bias is {lora.bias}" if lora.bias != "none" else "lora.modules_to_save is set"

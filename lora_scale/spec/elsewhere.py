@@ -60,6 +60,7 @@ TABLE = (
     row("", "the factors have no biases of their own", hf="lora_bias"),
     row("lora.modules_to_save", peft="modules_to_save", axolotl="lora_modules_to_save", factory="additional_target",
         hf="lora_modules_to_save"),
+    row("lora.trainable_token_indices", "a list of ids", peft="trainable_token_indices"),
     row("lora.use_dora", peft="use_dora", axolotl="peft_use_dora", factory="use_dora", hf="use_dora"),
     row("", "seen from the model; layers chosen by number are regular expressions of target_modules",
         peft="layers_to_transform layers_pattern fan_in_fan_out",

@@ -65,6 +65,9 @@ class LoraConfig(Section):
     modules_to_save: Names = ()
     """Linear layers and embeddings of the base that train whole, as `[lm_head, embed_tokens]` (PEFT: modules_to_save).
     Each is in every checkpoint and export."""
+    trainable_token_indices: Annotated[tuple[NonNegative, ...], Field(strict=False)] = ()
+    """Ids of tokens, new ones say, whose rows of the input embedding train, and of the output layer where it shares its
+    weight (PEFT: trainable_token_indices)."""
     pissa: Literal["full"] | Positive | None = None
     """Start both factors at the principal components of each weight (PiSSA, https://arxiv.org/abs/2404.02948): by a
     `full` decomposition, or by so many subspace iterations, 4 to 16 as a rule (PEFT: init_lora_weights pissa and

@@ -42,6 +42,8 @@ def _unknown_to_both(config: Config) -> list[str]:
         reasons.append("it leaves out trained biases")
     if config.get("modules_to_save"):
         reasons.append("it takes no modules_to_save")
+    if config.get("trainable_token_indices"):
+        reasons.append("it takes no trainable_token_indices")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         reasons.append("it scales all layers by one lora_alpha / r: rank_pattern and alpha_pattern are ignored")
     return reasons

@@ -146,6 +146,8 @@ def trained_shapes(model: Architecture, cfg: RunConfig, tp: int = 1) -> list[Sha
         of_a, of_b = factor_splits(cuts.get(linear.name), linear.kind == "conv1d")
         shapes += [_largest((r, d_in), of_a, tp), _largest((d_out, r), of_b, tp)]
         shapes += [_largest((d_out,), magnitude_split(of_b), tp)] if cfg.lora.use_dora else []
+    if ids := cfg.lora.trainable_token_indices:
+        shapes += [(len(ids), p.shape[1]) for p in model.parameters if p.kind == "table"]
     return [*shapes, *(_largest(p.shape, trained(cuts.get(p.name)), tp) for p in trained_base(model, cfg))]
 
 
