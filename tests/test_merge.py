@@ -121,6 +121,80 @@ def test_plain_transformers_computes_base_plus_adapter(
         assert (out / file.name).read_bytes() == file.read_bytes()
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "DoRA": ("llama", {}, {"use_dora": True, "target_modules": "all-linear"}),
+    "DoRA, biases and a head": (
+        "gpt2",
+        {"tie_word_embeddings": False},
+        {"use_dora": True, "bias": "all", "modules_to_save": ["lm_head"], "target_modules": ["c_attn", "mlp.c_proj"]},
+    ),
+    "head and embeddings": ("llama", {}, {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "new tokens": ("llama", {}, {"trainable_token_indices": [9, 40, 3]}),
+    "new tokens at both ends": ("gemma3_text", {}, {"trainable_token_indices": [9, 40, 3], "use_dora": True}),
+}
+
+
+def peft_model(base: Path, folder: Path, lora: dict[str, Any]) -> nn.Module:
+    """PEFT's model with random values in all that trains, in eval mode; saved to `folder`."""
+    theirs = get_peft_model(plain(base), PeftConfig(r=4, lora_alpha=6, **{"target_modules": ["q_proj"], **lora}))
+    draw = torch.Generator().manual_seed(1)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data += torch.randn(p.shape, generator=draw) * 0.2
+    theirs.save_pretrained(folder)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_merge_as_peft_does(
+    variant: str, small_pieces: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind, config, lora = VARIANTS[variant]
+    base = tiny_folder(tmp_path / "base", kind, dtype=torch.float32, **config)
+    theirs = peft_model(base, tmp_path / "mine", lora)
+    out = tmp_path / "out"
+    code, _, err = call(capfd, tmp_path / "mine", "--base", base, "--out", out, "--check", "--threads", 2)
+    assert not code, err
+    wanted = logits(theirs.merge_and_unload())
+    assert (wanted - logits(plain(base))).abs().max() > 1e-2 * wanted.abs().max()
+    assert (logits(plain(out)) - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+    code, _, err = call(capfd, tmp_path / "mine", tmp_path / "mine", "--base", base, "--out", tmp_path / "sum")
+    assert code and "a weighted sum takes plain LoRA only: merge it alone" in err
+
+
+def test_check_finds_one_wrong_bit_of_a_new_token(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base, out = tiny_folder(tmp_path / "base", dtype=torch.float32), tmp_path / "out"
+    peft_model(base, tmp_path / "mine", {"trainable_token_indices": [9, 40]})
+    arguments = tmp_path / "mine", "--base", base, "--out", out
+    assert not call(capfd, *arguments)[0]
+    entry = open_folder(out).tensors["model.embed_tokens.weight"]
+    with Path(entry.file).open("r+b") as file:
+        file.seek(entry.offset + 40 * 32 * 4)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    code, _, err = call(capfd, *arguments, "--check")
+    assert code and "model.embed_tokens.weight[40, 0] is" in err
+
+
+@pytest.mark.parametrize(
+    ("lora", "made_for", "merged_into", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {"vocab_size": 99}, {}, "brings lm_head.weight (99, 32), which"),
+        ({"trainable_token_indices": [98]}, {"vocab_size": 99}, {}, "has a row for token 98, and the embedding of"),
+        ({"modules_to_save": ["lm_head"]}, {}, {"tie_word_embeddings": True}, "is another layer's weight too in"),
+        ({"bias": "all"}, {"attention_bias": True}, {}, "_proj.bias ("),
+    ],
+)
+def test_what_an_adapter_brings_must_fit(
+    lora: dict, made_for: dict, merged_into: dict, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    peft_model(tiny_folder(tmp_path / "made-for", dtype=torch.float32, **made_for), tmp_path / "mine", lora)
+    base, out = tiny_folder(tmp_path / "base", dtype=torch.float32, **merged_into), tmp_path / "out"
+    code, _, err = call(capfd, tmp_path / "mine", "--base", base, "--out", out)
+    assert code and message in err and not out.exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As PEFT's merge in fp32, rounded afterwards; where fp32 sums differ in their last bit, one step at most."""

@@ -144,8 +144,8 @@ Group = tuple[dict[str, dict[str, Any]], dict[str, Any]]
 
 def check(ranks: int, groups: dict[str, Group], place: Path) -> dict[tuple[str, str], Run]:
     """In one launch: each run as on the group's other layouts and as PEFT; gone on with from its checkpoint to the same
-    bits, and from another layout's; and its last checkpoint, loaded by PEFT on the untouched base, gives the logits of
-    PEFT's trained model. The runs, by (group, layout)."""
+    bits, and from another layout's; a run that starts from its last checkpoint has its values; and that checkpoint,
+    loaded by PEFT on the untouched base, gives the logits of PEFT's trained model. The runs, by (group, layout)."""
     trees = {(group, name): tree for group, (found, _) in groups.items() for name, tree in found.items()}
     # tensor parallel runs last: a process in which DeepSpeed has once seen an mpu takes no engine without one
     trees = dict(sorted(trees.items(), key=lambda item: item[1].get("parallel", {}).get("tensor_parallel_size", 1)))
@@ -173,6 +173,8 @@ def check_group(
         )
         assert_equal(run.trace, trace)
         assert all(torch.equal(run.resumed[key], value) for key, value in run.trace.values.items()), where
+        if run.again is not None:
+            assert all(torch.equal(run.again[key], value) for key, value in run.trace.values.items()), where
         assert run.moved is None or same_rest(run.moved, trace), f"{where}, from another layout's checkpoint"
         assert (logits(PeftModel.from_pretrained(plain(cfg), str(run.final))) - wanted).abs().max() <= tolerance, where
     out = place / f"exported {group}"

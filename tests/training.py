@@ -88,8 +88,9 @@ def start(here: World, tree: dict[str, Any], *, randomise: bool = True, resume: 
     folder, identity = setup.open_base(cfg, screen)
     grid = _grid(cfg.parallel, here)
     data = run_data.read_data(cfg, folder, grid)
-    model, dropout, _ = setup.build_model(cfg, folder, setup.find_init_adapter(cfg, folder, identity), resume)
-    job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
+    begin = setup.find_init_adapter(cfg, folder, identity) if resume is None else None
+    model, dropout, _ = setup.build_model(cfg, folder, begin, resume)
+    job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen, begin)
     if resume is not None:
         checkpoint.restore(job.engine, resume, checkpoint.read_state(resume), job.key)
     elif randomise and cfg.method != "full" and cfg.init_adapter is None:

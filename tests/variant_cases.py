@@ -21,7 +21,8 @@ class Run:
     resumed: dict[str, Tensor]  # what trains, after the steps from the checkpoint
     middle: Path  # that checkpoint
     final: Path  # the last one
-    moved: Trace | None = None  # the steps from another layout's checkpoint, where there is one before
+    moved: Trace | None  # the steps from another layout's checkpoint, where there is one before
+    again: dict[str, Tensor] | None  # what a run trains that starts from the last one; PiSSA has a start of its own
 
 
 def begin_save_go_on(here: World, trees: dict[Any, dict[str, Any]], step: int) -> dict[Any, Run]:
@@ -43,7 +44,8 @@ def begin_save_go_on(here: World, trees: dict[Any, dict[str, Any]], step: int) -
         resumed = go_on(here, tree, middle, step)
         moved = go_on(here, tree, others[-1], step) if others else None
         trace = Trace(first.losses + rest.losses, first.norms + rest.norms, first.gradients, rest.values)
-        found[name] = Run(begun, trace, resumed.values, middle, final, moved)
+        again = None if "pissa" in tree["lora"] else begun_at(here, tree, final)
+        found[name] = Run(begun, trace, resumed.values, middle, final, moved, again)
     return found
 
 
@@ -53,6 +55,14 @@ def check_plan(job: setup.Job) -> None:
     if grid.tp_rank == grid.tp_size - 1:
         planned = states.trained_shapes(model, job.cfg, grid.tp_size)
         assert sorted(tuple(part.shape) for part in job.engine.parts()) == sorted(map(tuple, planned))
+
+
+def begun_at(here: World, tree: dict[str, Any], adapter: Path) -> dict[str, Tensor]:
+    """What trains in a new run with this `init_adapter`."""
+    job = start(here, {**tree, "init_adapter": str(adapter)})
+    values = everything(job, masters.VALUE)
+    job.engine.ds.destroy()
+    return values
 
 
 def go_on(here: World, tree: dict[str, Any], checkpoint: Path, step: int) -> Trace:

@@ -1,26 +1,27 @@
-"""Starting values other than the drawn ones: the factors of an adapter that exists (`init_adapter`)."""
+"""Starting values other than the drawn ones: those of an adapter that exists (`init_adapter`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from lora_scale.adapters import peft
-from lora_scale.adapters.lora import LoRALinear
-from lora_scale.adapters.peft import OTHERS, Adapter
+from lora_scale.adapters import peft, tokens
+from lora_scale.adapters.lora import LoRALinear, file_name
+from lora_scale.adapters.peft import Adapter
+from lora_scale.adapters.peft_config import TOKENS
 from lora_scale.adapters.targets import exact_suffixes
 from lora_scale.spec.errors import CheckpointError
 
 
-def start_from(path: Path, layers: Mapping[str, LoRALinear]) -> None:
-    """Copy the factors of the adapter folder `path` into a model's whole layers.
+def start_from(path: Path, model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Copy the factors of the adapter folder `path` into a model's whole layers. What else it brings waits for the
+    base: `brought`.
 
-    The function must stay the same: CheckpointError, with the `lora` section that fits, when modules, shapes or
-    scaling differ.
+    The function must stay the same: CheckpointError, with the `lora` section that fits, when modules, shapes, scaling
+    or what trains beside the factors differ.
     """
     adapter = peft.read_adapter(path)
-    if adapter.others:
-        raise CheckpointError(f"init_adapter is {path}, which {OTHERS}; only factors can be started from")
     try:
         load_factors(layers, adapter)
         for name, layer in layers.items():
@@ -28,8 +29,33 @@ def start_from(path: Path, layers: Mapping[str, LoRALinear]) -> None:
                 raise CheckpointError(
                     f"the adapter scales {name} by {adapter.scaling(name):g}, this run by {layer.scaling:g}"
                 )
+        _check_others(model, adapter)
     except CheckpointError as error:
         raise CheckpointError(f"init_adapter is {path}, but {error}; it was made with {_section(adapter)}") from error
+
+
+def brought(path: Path) -> dict[str, Tensor]:
+    """What the adapter brings beside factors: whole, fp32, by name in the base's files, for PEFT may leave
+    `.base_layer` out of a bias's name."""
+    return {file_name(name): value.float() for name, value in peft.read_adapter(path).others.items()}
+
+
+def _check_others(model: nn.Module, adapter: Adapter) -> None:
+    brought = {file_name(name): value for name, value in adapter.others.items()}
+    wanted = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B"))
+    }
+    for name, parameter in wanted.items():
+        if (value := brought.get(file_name(name))) is None or value.shape != parameter.shape:
+            has = "lacks it" if value is None else f"has it as {tuple(value.shape)}"
+            raise CheckpointError(f"{name} {tuple(parameter.shape)} trains here, and the adapter {has}")
+    if extra := brought.keys() - {file_name(name) for name in wanted}:
+        raise CheckpointError(f"the adapter brings {min(extra)}, which does not train here")
+    rows = tokens.rows_of(model)
+    if rows is not None and (given := rows[1].given()) != adapter.config[TOKENS]:
+        raise CheckpointError(f"the adapter has rows of the tokens {adapter.config[TOKENS]}, this run of {given}")
 
 
 def load_factors(adapted: Mapping[str, LoRALinear], adapter: Adapter) -> None:
@@ -57,4 +83,8 @@ def _section(adapter: Adapter) -> str:
     named = f"[{','.join(targets)}]" if isinstance(targets, list) and len(targets) <= 12 else "(see its tensors)"
     more = [f"lora.{key}" for key in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(key)]
     section = f"lora.r={config['r']} lora.lora_alpha={config['lora_alpha']:g} lora.target_modules={named}"
+    section += " lora.use_dora=true" * bool(config.get("use_dora"))
+    section += f" lora.bias={config['bias']}" * (config.get("bias", "none") != "none")
+    for key in ("modules_to_save", TOKENS):
+        section += f" lora.{key}=[{','.join(map(str, config[key]))}]" if config.get(key) else ""
     return f"{section} and {', '.join(more)}" if more else section

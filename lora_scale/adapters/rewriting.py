@@ -8,15 +8,16 @@ alone, so the bytes do not depend on threads or on kills.
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_scale.adapters.merging import Piece, Plan, Update
+from lora_scale.adapters.merging import Lengths, Piece, Plan, Replacement, Update
 from lora_scale.spec.errors import CheckpointError
-from lora_scale.spec.layout import ByteRange
+from lora_scale.spec.layout import ByteRange, TensorEntry
 from lora_scale.storage.staging import WholeFile
 from lora_scale.storage.weights import Reader
 
@@ -117,26 +118,71 @@ class _Workspace:
         stored = self._bytes[: piece.range.length]
         reader.read_into(piece.range, memoryview(stored.numpy()))
         if piece.entry is not None:
-            weight = stored.view(_DTYPES[piece.entry.dtype]).view(-1, piece.entry.shape[1])
-            if not self._add(weight, piece.row, plan.updates[piece.entry.name]):
+            weight = stored.view(_DTYPES[piece.entry.dtype]).view(-1, prod(piece.entry.shape[1:]))
+            if not self._change(weight, piece, plan):
                 raise CheckpointError(
                     f"{piece.entry.name} with its update is not finite in {piece.entry.dtype}: the base is not, or the "
                     "sum is too large"
                 )
         return memoryview(stored.numpy())
 
-    def _add(self, weight: Tensor, row: int, updates: Sequence[Update]) -> bool:
-        """In place; whether every sum is finite in the weight's dtype. The extremes tell: rounding keeps the order,
+    def _change(self, weight: Tensor, piece: Piece, plan: Plan) -> bool:
+        """In place; whether every value is finite in the weight's dtype. The extremes tell: rounding keeps the order,
         NaN is both, and `isfinite` of all elements takes longer than the sums."""
-        rows, columns = weight.shape
-        if self._sums.numel() < weight.numel():
-            self._sums = torch.empty(weight.numel(), dtype=torch.float32)
-        total = self._sums[: weight.numel()].view(rows, columns)
-        total.copy_(weight)
-        for update in updates:
-            total.addmm_(update.left[row : row + rows], update.right, alpha=update.scale)
+        assert piece.entry is not None
+        name = piece.entry.name
+        total = self._added(weight, piece.row, plan.updates.get(name, ()))
+        if (lengths := plan.lengths.get(name)) is not None:
+            total *= _along(plan.ratios[name], lengths, piece.row, len(total))
+        if (replacement := plan.replacements.get(name)) is not None:
+            here, values = _here(replacement, piece.row, total)
+            total[here] = values
         weight.copy_(total)
         return bool(torch.stack(total.aminmax()).to(weight.dtype).isfinite().all())
+
+    def _added(self, weight: Tensor, row: int, updates: Sequence[Update]) -> Tensor:
+        """The weight with the updates of its rows, fp32; good until the next call."""
+        if self._sums.numel() < weight.numel():
+            self._sums = torch.empty(weight.numel(), dtype=torch.float32)
+        total = self._sums[: weight.numel()].view(weight.shape)
+        total.copy_(weight)
+        for update in updates:
+            total.addmm_(update.left[row : row + len(weight)], update.right, alpha=update.scale)
+        return total
+
+    def squares(self, reader: Reader, plan: Plan, entry: TensorEntry) -> Tensor:
+        """Squared length of the updated weights of each output of a DoRA layer, fp32."""
+        dim = plan.lengths[entry.name].dim
+        found = torch.zeros(entry.shape[dim])
+        for piece in plan.pieces_of(entry):
+            weight = _read(reader, piece.range).view(_DTYPES[entry.dtype]).view(-1, entry.shape[1])
+            here = self._added(weight, piece.row, plan.updates[entry.name]).square_().sum(1 - dim)
+            (found[piece.row : piece.row + len(here)] if dim == 0 else found).add_(here)
+        return found
+
+
+def _along(ratio: Tensor, lengths: Lengths, row: int, rows: int) -> Tensor:
+    """What each element of some rows is multiplied by, to be broadcast."""
+    return ratio[row : row + rows, None] if lengths.dim == 0 else ratio
+
+
+def _here(replacement: Replacement, row: int, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows [row, row + len(total)), which are replaced, and by what."""
+    own = (replacement.rows >= row) & (replacement.rows < row + len(total))
+    return replacement.rows[own] - row, replacement.values.view(len(replacement.rows), -1)[own]
+
+
+def measured(plan: Plan, threads: int) -> Plan:
+    """The plan, knowing by what DoRA's outputs are multiplied: each such weight is read once more."""
+    if not plan.lengths:
+        return plan
+
+    def ratio(name: str) -> Tensor:
+        torch.set_num_threads(1)  # of this Python thread
+        return plan.lengths[name].magnitudes / _Workspace().squares(reader, plan, plan.folder.tensors[name]).sqrt()
+
+    with Reader() as reader, ThreadPoolExecutor(threads) as pool:
+        return replace(plan, ratios=dict(zip(plan.lengths, pool.map(ratio, plan.lengths), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +200,9 @@ class Check:
 def check(plan: Plan, out: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Check:
     """Read both folders and take the updates off again; CheckpointError at the first value that is not the base's.
 
-    Adapted weights must come back within what rounding the sum to its dtype can have lost; every other byte must be
-    equal. Another arithmetic than `write`'s: fp32, difference instead of sum, with a bound for each element.
+    Adapted weights must come back within what rounding the sum to its dtype can have lost; what was replaced must be
+    the adapter's value, rounded once; every other byte must be equal. Another arithmetic than `write`'s: fp32,
+    difference instead of sum, with a bound for each element.
     """
     total = 2 * sum(file.stat().st_size for file in plan.folder.files)
     changed, done = 0.0, 0
@@ -173,7 +220,7 @@ def check(plan: Plan, out: Path, progress: Callable[[int, int], None] = lambda d
                     raise CheckpointError(f"{copy}: bytes after {piece.range.offset} are not the base's; merge again")
                 done += 2 * piece.range.length
                 progress(done, total)
-    return Check(len(plan.updates), changed, total)
+    return Check(len(plan.changed), changed, total)
 
 
 def _read(reader: Reader, place: ByteRange) -> Tensor:
@@ -186,21 +233,30 @@ def _taken_off(plan: Plan, piece: Piece, base: Tensor, merged: Tensor, copy: Pat
     """The largest change in this piece, once it is known to be the adapters'."""
     assert piece.entry is not None
     dtype = _DTYPES[piece.entry.dtype]
-    before, after = (t.view(dtype).view(-1, piece.entry.shape[1]).float() for t in (base, merged))
+    name, columns = piece.entry.name, prod(piece.entry.shape[1:])
+    before, after = (t.view(dtype).view(-1, columns).float() for t in (base, merged))
+    change = float((after - before).abs().max())
+    ratio = torch.ones(())
+    if (lengths := plan.lengths.get(name)) is not None:
+        ratio = _along(plan.ratios[name], lengths, piece.row, len(after))
+    back = after / ratio
+    magnitude = before.abs() + (0 if lengths is None else back.abs())
     rows = slice(piece.row, piece.row + len(before))
-    back, magnitude = after.clone(), before.abs()
-    for update in plan.updates[piece.entry.name]:
+    for update in plan.updates.get(name, ()):
         left = update.left[rows]
         back -= update.scale * (left @ update.right)
         magnitude += abs(update.scale) * torch.outer(left.norm(dim=1), update.right.norm(dim=0))
     info = torch.finfo(dtype)
     # half a step of the stored dtype, its smallest step, and some steps of fp32 for two sums of r products
-    bound = after.abs() * (info.eps / 2) + info.smallest_normal * info.eps + magnitude * 2.0**-20
+    bound = (after.abs() * (info.eps / 2) + info.smallest_normal * info.eps) / ratio.abs() + magnitude * 2.0**-20
     wrong = ~((back - before).abs() <= bound)  # NaN is wrong
+    if (replacement := plan.replacements.get(name)) is not None:
+        here, values = _here(replacement, piece.row, after)
+        wrong[here] = after[here] != values.to(dtype).float()
     if wrong.any():
         row, column = (int(i) for i in wrong.nonzero()[0])
         raise CheckpointError(
             f"{copy}: {piece.entry.name}[{piece.row + row}, {column}] is {after[row, column]:.6g}, which is not the "
             f"base's {before[row, column]:.6g} with this adapter; merge again"
         )
-    return float((after - before).abs().max())
+    return change

@@ -36,6 +36,10 @@ class TokenRows(nn.Module):
         self.hooks: list[RemovableHandle] = []
         self.padding = ids.index(padding) if padding in ids else None  # its gradient is zero, as nn.Embedding's
 
+    def given(self) -> list[int]:
+        """The ids in the order of the rows."""
+        return self.ids[self.rows.argsort()].tolist()
+
     def keep(self, first: int, last: int) -> None:
         """This rank has the tokens [first, last) of the vocabulary, and counts them from 0."""
         self.first = first

@@ -90,12 +90,13 @@ def command(
         done = (out / TASK).is_file() and (out / TASK).read_text(encoding="utf-8") == durable.as_json(task)
         if not done:
             source.refuse_used(out)
-        plan = _plan(folder, model, parts)
+        threads = threads or min(8, os.cpu_count() or 1)
+        plan = rewriting.measured(_plan(folder, model, parts), threads)
         if done:
             screen.line(f"finished already: {out}")
         else:
             with disk_errors(f"{out} is not written"):
-                _write(plan, parts, task, out, threads or min(8, os.cpu_count() or 1), screen)
+                _write(plan, parts, task, out, threads, screen)
         if check:
             _check(plan, out, screen)
         screen.line(
@@ -166,7 +167,7 @@ def _write(plan: Plan, parts: Sequence[Part], task: dict[str, Any], out: Path, t
     seconds = time.perf_counter() - start
     screen.line(
         f"wrote    {out}: {len(plan.folder.files)} files, {size(plan.folder.nbytes)}, of which "
-        f"{len(plan.updates)} tensors with {size(plan.changed_bytes)} are changed"
+        f"{len(plan.changed)} tensors with {size(plan.changed_bytes)} are changed"
     )
     screen.line(
         f"took     {seconds:.1f} s for {size(nbytes)} ({nbytes / 1e9 / seconds:.2f} GB/s read, as much written)"

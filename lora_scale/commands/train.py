@@ -200,7 +200,7 @@ def _run(
     on_rank_zero(lambda: _check_space(cfg, setup.count(model)))
     limit = fits.device_gib(here.device)
     cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, asked.ignore_plan))
-    job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
+    job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen, start)
     for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")
     if resume and saved:

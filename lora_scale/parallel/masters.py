@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lora_scale.adapters.lora import file_name
 from lora_scale.parallel import zero3
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.tensor_parallel import cut, join
@@ -199,15 +200,30 @@ def restore(ds: Any, found: list[Part], values: Mapping[str, Mapping[str, Tensor
     """
     optimizer = torch_optimizer(ds)
     for p in found:
-        if not hasattr(p.parameter, "ds_id"):  # stages 0-2: what the forward pass reads is whole on every rank
-            p.parameter.data.copy_(p.shard.of(values[VALUE][p.name]))
         for what in (VALUE, *MOMENTS):
-            piece = p.shard.of(values[what][p.name]).reshape(-1)[p.start : p.start + p.numel]
-            p.view(optimizer, what).copy_(piece)
-            if what == VALUE and p.working is not None:
-                p.working.copy_(piece)
+            _put(optimizer, p, what, values[what][p.name])
         if p.flat is not None:  # not from param_groups: DeepSpeed's stage 3 keeps those empty between steps
             _state(optimizer, p.flat)["step"].fill_(float(step))
+
+
+def begin_at(ds: Any, found: list[Part], values: Mapping[str, Tensor]) -> None:
+    """Give the tensors that `values` names, by their names in the base's files, these whole values. No collective."""
+    for p in found:
+        if (value := values.get(file_name(p.name))) is not None:
+            _put(torch_optimizer(ds), p, VALUE, value)
+
+
+def _put(optimizer: torch.optim.Optimizer, p: Part, what: str, whole: Tensor) -> None:
+    """This rank's run of a whole tensor, wherever it is kept."""
+    shard = p.shard.of(whole)
+    piece = shard.reshape(-1)[p.start : p.start + p.numel]
+    p.view(optimizer, what).copy_(piece)
+    if what != VALUE:
+        return
+    if not hasattr(p.parameter, "ds_id"):  # stages 0-2: what the forward pass reads is whole on every rank
+        p.parameter.data.copy_(shard)
+    if p.working is not None:
+        p.working.copy_(piece)
 
 
 def _batches(found: list[Part]) -> Iterator[list[Part]]:

@@ -7,6 +7,7 @@ gathered, and what comes out depends on the file's bytes alone, not on ranks or 
 its checkpoint.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,14 +17,36 @@ from torch import Tensor, nn
 
 from lora_scale.adapters import peft, principal, tokens
 from lora_scale.adapters.lora import DoRALinear, LoRALinear, row_squares
+from lora_scale.parallel import recompute
 from lora_scale.parallel.world import on_every_rank
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.layout import ByteRange, TensorEntry
 from lora_scale.storage.folder import ModelFolder, sources
 from lora_scale.storage.weights import Reader
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 _DTYPES = dict(peft.DTYPES.values())
+
+
+def begin(
+    cfg: RunConfig, model: nn.Module, layers: Mapping[str, LoRALinear], folder: ModelFolder, resume: Path | None
+) -> list[str]:
+    """Give every variant what it begins with; notes for the user. Collective over all ranks."""
+    if cfg.lora.use_dora:
+        inside = {id(module) for layer in recompute.decoder_layers(model) for module in layer.modules()}
+        if outside := [name for name, layer in layers.items() if id(layer) not in inside]:
+            raise ConfigError(
+                f"lora.use_dora is true, but {outside[0]} is in no decoder layer; leave it out of targets"
+            )
+        norms(model, layers, folder)
+    token_rows(model, folder)
+    if cfg.lora.pissa is None:
+        return []
+    began = time.perf_counter()
+    start(cfg, model, layers, folder, resume)
+    what = "taken from the checkpoint" if resume else f"found in {time.perf_counter() - began:.1f} s"
+    return [f"starts at the principal components of {len(layers)} weights, {what}"]
 
 
 def start(
@@ -61,7 +84,7 @@ def token_rows(model: nn.Module, folder: ModelFolder) -> None:
     if found is None:
         return
     rows, module = found[1], found[0].rpartition(".")[0]
-    table, given = model.get_submodule(module).weight, rows.ids[rows.rows.argsort()].tolist()
+    table, given = model.get_submodule(module).weight, rows.given()
     assert isinstance(table, Tensor)
     width = table.shape[1]
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lora_scale.adapters import merging, resident
 from lora_scale.adapters.frozen import freeze_linears
-from lora_scale.adapters.peft import Adapter
+from lora_scale.adapters.peft import OTHERS, Adapter
 from lora_scale.adapters.resident import Residents
 from lora_scale.parallel import load, recompute, setup, tensor_parallel, zero3
 from lora_scale.parallel.engine import ds_config
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.world import on_every_rank
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.errors import CheckpointError
 from lora_scale.spec.splits import Split
 from lora_scale.spec.splits import factor_splits as split_factors
 from lora_scale.storage.folder import ModelFolder
@@ -39,6 +40,8 @@ def check(folder: ModelFolder, cfg: RunConfig, adapters: Mapping[str, tuple[Path
     skeleton = load.empty(folder, cfg)
     for path, adapter in adapters.values():
         merging.check_fits(path, adapter, skeleton, folder)
+        if adapter.others:
+            raise CheckpointError(f"{path} {OTHERS}; generate takes plain LoRA only: `lora-scale merge` makes a model")
 
 
 def serve(

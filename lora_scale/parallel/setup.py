@@ -18,7 +18,18 @@ from lora_scale.adapters.lean import make_lean
 from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.marks import share_inputs
 from lora_scale.adapters.targets import fused_notes
-from lora_scale.parallel import flat, load, principal, recompute, samples, source, tensor_parallel, transport, zero3
+from lora_scale.parallel import (
+    flat,
+    load,
+    masters,
+    principal,
+    recompute,
+    samples,
+    source,
+    tensor_parallel,
+    transport,
+    zero3,
+)
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import Engine, ds_config
@@ -158,21 +169,9 @@ def build_model(
     layers = adapt(model, cfg.lora, cfg.seed, dropout)
     trained.mark(model, cfg.lora, layers)
     if start is not None:
-        initial.start_from(start, layers)
+        initial.start_from(start, model, layers)
         notes.append(f"starts from the factors of {start}")
-    if cfg.lora.use_dora:
-        inside = {id(module) for layer in recompute.decoder_layers(model) for module in layer.modules()}
-        if outside := [name for name, layer in layers.items() if id(layer) not in inside]:
-            raise ConfigError(
-                f"lora.use_dora is true, but {outside[0]} is in no decoder layer; leave it out of targets"
-            )
-        principal.norms(model, layers, folder)
-    principal.token_rows(model, folder)
-    if cfg.lora.pissa is not None:
-        began = time.perf_counter()
-        principal.start(cfg, model, layers, folder, resume)
-        what = "taken from the checkpoint" if resume else f"found in {time.perf_counter() - began:.1f} s"
-        notes.append(f"starts at the principal components of {len(layers)} weights, {what}")
+    notes += principal.begin(cfg, model, layers, folder, resume)
     freeze_linears(model)
     return model, dropout, notes
 
@@ -186,8 +185,9 @@ def start_engine(
     data: Data,
     grid: Grid,
     screen: Console,
+    start: Path | None = None,
 ) -> Job:
-    """Fill the model, every rank its own bytes, and hand it to DeepSpeed."""
+    """Fill the model, every rank its own bytes, and hand it to DeepSpeed. `start` as in `build_model`."""
     world = grid.world
     found = samples.read(cfg, folder, grid)
     parameters = count(model)
@@ -227,6 +227,8 @@ def start_engine(
             f"note     {len(loaded.unused)} tensors of the base are not used by this model, first {loaded.unused[0]}"
         )
     engine = Engine(model, cfg, grid, config, dropout, cuts)
+    if start is not None:
+        masters.begin_at(engine.ds, engine.parts(), on_every_rank(lambda: initial.brought(start)))
     work = work_of(cfg, folder, parameters, data, world)
     return Job(cfg, world, folder, identity, data, engine, loaded, parameters, work, found)
 

@@ -252,8 +252,8 @@ class RunConfig(Section):
     """`auto` goes on from the newest checkpoint in `run_dir`; `never` refuses a `run_dir` that has one; or the path
     of a checkpoint."""
     init_adapter: PathValue | None = None
-    """Start from the factors of this adapter, with a fresh optimizer: a run, a checkpoint, or a folder that `export` or
-    PEFT wrote. Modules, r and scaling must be those of `lora`. Not read when the run resumes."""
+    """Start from the values of this adapter, with a fresh optimizer: a run, a checkpoint, or a folder that `export` or
+    PEFT wrote. What it adapts and how must be what `lora` says. Not read when the run resumes."""
     allow_other_base: bool = False
     """Take an `init_adapter` that was trained on another base."""
     seed: NonNegative = 0

@@ -86,10 +86,6 @@ def _check_dora(cfg: "RunConfig") -> None:
     for key, value in (("pissa", cfg.lora.pissa), ("dropout", cfg.lora.dropout or None)):
         if value is not None:
             raise ValueError(f"lora.use_dora is true and lora.{key} is {value}, which do not go together here")
-    if cfg.init_adapter is not None:
-        raise ValueError(
-            f"lora.use_dora is true and init_adapter is {cfg.init_adapter}: only factors can be started from"
-        )
 
 
 def _check_parallel(cfg: "RunConfig") -> None:
