@@ -15,7 +15,7 @@ from generating import GENERATED, reference
 from outside import Command
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_merge import write_adapter
+from test_merge import peft_model, write_adapter
 from tiny import tiny_folder
 from training import config, write_rows
 
@@ -42,9 +42,15 @@ def write_prompts(path: Path, count: int = 11) -> Path:
     return path
 
 
+BRINGS: dict[str, dict[str, Any]] = {
+    "llama": {"use_dora": True, "modules_to_save": ["lm_head"], "trainable_token_indices": [40, 90, 3]},
+    "gpt2": {"use_dora": True, "bias": "all", "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True},
+}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 8 heads whose vocabulary two ranks cannot halve, a GPT-2, two adapters of different targets each."""
+    """A Llama of 8 heads whose vocabulary two ranks cannot halve, a GPT-2, three adapters of different kinds each."""
     place = tmp_path_factory.mktemp("generate")
     write_prompts(place / "rows.jsonl")
     sizes: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 97}
@@ -53,6 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model, few in (("llama", ["q", "v"]), ("gpt2", ["o"])):
         write_adapter(place / f"{model}-a", place / model, seed=1, target_modules=few)
         write_adapter(place / f"{model}-b", place / model, seed=2, r=2)
+        peft_model(place / model, place / f"{model}-c", BRINGS[model])
     return place
 
 
@@ -61,7 +68,7 @@ def case(place: Path, model: str, sampling: dict[str, Any], ends: list[int], **o
     return {
         "model": str(place / model),
         "rows": str(place / "rows.jsonl"),
-        "adapters": {name: str(place / f"{model}-{name}") for name in ("a", "b")},
+        "adapters": {name: str(place / f"{model}-{name}") for name in "abc"},
         "overrides": words,
         "sampling": sampling,
         "ends": ends,
@@ -90,7 +97,8 @@ def test_tokens_are_those_of_one_process_on_any_layout(place: Path, tmp_path: Pa
     for model in ("llama", "gpt2"):
         one = case(place, model, GREEDY, [])
         endless = reference(one["model"], one["adapters"], one["rows"], NEW_TOKENS)
-        assert endless["a"] != endless["base"] != endless["b"] != endless["a"], "adapters that change nothing"
+        distinct = [endless["base"], *(endless[name] for name in one["adapters"])]
+        assert all(x != y for x, y in itertools.combinations(distinct, 2)), "adapters that change nothing"
         everything = [ids for rows in endless.values() for ids in rows]
         end = max({token for ids in everything for token in ids}, key=lambda t: variety(everything, t))
         assert variety(everything, end) > 1, "rows that end together do not show that ranks wait"

@@ -47,7 +47,7 @@ class Replacement:
     """What stands in the base's place, fp32: all of a tensor, or the rows of some tokens."""
 
     values: Tensor
-    rows: Tensor
+    rows: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def plan(folder: ModelFolder, model: nn.Module, adapters: Sequence[tuple[Path, A
     modules = dict(model.named_modules())
     updates: dict[str, list[Update]] = {}
     lengths: dict[str, Lengths] = {}
-    replacements: dict[str, Replacement] = {}
+    replaced: dict[str, Replacement] = {}
     owners: dict[str, str] = {}
     for path, adapter, weight in adapters:
         check_fits(path, adapter, model, folder)
@@ -120,7 +120,7 @@ def plan(folder: ModelFolder, model: nn.Module, adapters: Sequence[tuple[Path, A
             raise CheckpointError(f"{path} {OTHERS}; a weighted sum takes plain LoRA only: merge it alone")
         for name in adapter.modules:
             module = modules[name]
-            entry = _entry(folder, model, f"{name}.weight", module.weight)
+            entry = entry_of(folder, model, f"{name}.weight", module.weight)
             if owners.setdefault(entry.name, name) != name:
                 raise CheckpointError(
                     f"{path} adapts both {owners[entry.name]} and {name}, which share one weight in {folder.path}; "
@@ -133,21 +133,21 @@ def plan(folder: ModelFolder, model: nn.Module, adapters: Sequence[tuple[Path, A
             updates.setdefault(entry.name, []).append(Update(left, right, scale))
             if (magnitudes := adapter.others.get(f"{name}.{MAGNITUDE}")) is not None:
                 lengths[entry.name] = Lengths(magnitudes.float(), 0 if is_linear else 1)
-        replacements |= _replacements(adapter, model, folder)
-    return Plan(folder, updates, lengths, replacements)
+        for parameter, replacement in replacements(adapter).items():
+            entry = entry_of(folder, model, parameter, model.get_parameter(parameter))
+            replaced[entry.name] = replacement
+    return Plan(folder, updates, lengths, replaced)
 
 
-def _replacements(adapter: Adapter, model: nn.Module, folder: ModelFolder) -> dict[str, Replacement]:
-    """The rows of new tokens, and what trained of the base, by name in the files."""
+def replacements(adapter: Adapter) -> dict[str, Replacement]:
+    """The rows of new tokens, and what trained of the base, by the parameter in whose place they stand."""
     found = {}
     for name, values in adapter.others.items():
         if name.endswith(MAGNITUDE):
             continue
         is_rows = name.endswith(tokens.DELTA)
-        parameter = _table(name) if is_rows else file_name(name)
-        rows = torch.tensor(adapter.config[TOKENS]) if is_rows else torch.arange(len(values))
-        entry = _entry(folder, model, parameter, model.get_parameter(parameter))
-        found[entry.name] = Replacement(values.float().contiguous(), rows)
+        rows = torch.tensor(adapter.config[TOKENS]) if is_rows else None
+        found[_table(name) if is_rows else file_name(name)] = Replacement(values.float().contiguous(), rows)
     return found
 
 
@@ -220,7 +220,8 @@ def _check_other(
         )
 
 
-def _entry(folder: ModelFolder, model: nn.Module, parameter: str, weight: Tensor | nn.Module) -> TensorEntry:
+def entry_of(folder: ModelFolder, model: nn.Module, parameter: str, weight: Tensor | nn.Module) -> TensorEntry:
+    """Where the files have a parameter, which may be on meta."""
     assert isinstance(weight, nn.Parameter)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     found = sources(folder, parameter, tuple(weight.shape), getattr(model, "base_model_prefix", ""), tied)

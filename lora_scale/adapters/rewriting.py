@@ -168,8 +168,11 @@ def _along(ratio: Tensor, lengths: Lengths, row: int, rows: int) -> Tensor:
 
 def _here(replacement: Replacement, row: int, total: Tensor) -> tuple[Tensor, Tensor]:
     """Of the rows [row, row + len(total)), which are replaced, and by what."""
+    values = replacement.values.view(len(replacement.values), -1)
+    if replacement.rows is None:
+        return torch.arange(len(total)), values[row : row + len(total)]
     own = (replacement.rows >= row) & (replacement.rows < row + len(total))
-    return replacement.rows[own] - row, replacement.values.view(len(replacement.rows), -1)[own]
+    return replacement.rows[own] - row, values[own]
 
 
 def measured(plan: Plan, threads: int) -> Plan:

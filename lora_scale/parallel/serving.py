@@ -5,23 +5,25 @@ stage, each rank keeps its tensor-parallel part of the base whole, and DeepSpeed
 """
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_scale.adapters import merging, resident
+from lora_scale.adapters import merging, resident, rewriting
 from lora_scale.adapters.frozen import freeze_linears
-from lora_scale.adapters.peft import OTHERS, Adapter
-from lora_scale.adapters.resident import Residents
+from lora_scale.adapters.lora import file_name
+from lora_scale.adapters.peft import MAGNITUDE, Adapter
+from lora_scale.adapters.resident import Beside, Residents, Run
 from lora_scale.parallel import load, recompute, setup, tensor_parallel, zero3
 from lora_scale.parallel.engine import ds_config
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.world import on_every_rank
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.errors import CheckpointError
-from lora_scale.spec.splits import Split
+from lora_scale.spec.splits import Split, magnitude_split, trained
 from lora_scale.spec.splits import factor_splits as split_factors
 from lora_scale.storage.folder import ModelFolder
 
@@ -40,8 +42,6 @@ def check(folder: ModelFolder, cfg: RunConfig, adapters: Mapping[str, tuple[Path
     skeleton = load.empty(folder, cfg)
     for path, adapter in adapters.values():
         merging.check_fits(path, adapter, skeleton, folder)
-        if adapter.others:
-            raise CheckpointError(f"{path} {OTHERS}; generate takes plain LoRA only: `lora-scale merge` makes a model")
 
 
 def serve(
@@ -76,8 +76,11 @@ def serve(
             model=model, config=config, dist_init_required=False, mpu=Mpu(grid) if grid.tp_size > 1 else None
         )
     residents = Residents(layers, device, load.dtype_of(cfg))
-    for name, (_, adapter) in adapters.items():
-        residents.add(name, adapter, _cut_of(layers, cuts, grid), on_host=on_host)
+    skeleton = on_every_rank(lambda: load.empty(folder, cfg))
+    for name, (path, adapter) in adapters.items():
+        ratios = _ratios(path, adapter, skeleton, folder, layers, cuts, grid)
+        beside = Beside(ratios, list(_runs(adapter, loaded, cuts, grid)))
+        residents.add(name, adapter, _cut_of(layers, cuts, grid), beside, on_host=on_host)
     return Served(model, residents, loaded)
 
 
@@ -94,3 +97,58 @@ def _cut_of(
         return here[0], here[1]
 
     return cut
+
+
+def _ratios(
+    path: Path,
+    adapter: Adapter,
+    skeleton: nn.Module,
+    folder: ModelFolder,
+    layers: Mapping[str, resident.SwitchedLinear],
+    cuts: Mapping[str, Split],
+    grid: Grid,
+) -> dict[str, Tensor]:
+    """By what DoRA's outputs are multiplied, this rank's; of each weight one rank finds it for all. Collective."""
+    modules = [name for name in adapter.modules if f"{name}.{MAGNITUDE}" in adapter.others]
+    if not modules:
+        return {}
+    world, found = grid.world, {}
+    plain = dict(skeleton.named_modules())
+    entries = [merging.entry_of(folder, skeleton, f"{name}.weight", plain[name].weight).name for name in modules]
+
+    def measure() -> Mapping[str, Tensor]:
+        plan = merging.plan(folder, skeleton, [(path, adapter, 1.0)])
+        mine = {entry: plan.lengths[entry] for entry in entries[world.rank :: world.size]}
+        return rewriting.measured(replace(plan, lengths=mine), 1).ratios
+
+    measured = on_every_rank(measure)
+    for number, (name, entry) in enumerate(zip(modules, entries, strict=True)):
+        own = measured.get(entry)
+        ratio = (torch.empty(layers[name].out_features) if own is None else own).to(world.device)
+        dist.broadcast(ratio, src=number % world.size)
+        conv1d = not isinstance(layers[name].base_layer, nn.Linear)
+        split = magnitude_split(split_factors(cuts.get(f"{name}.weight"), conv1d)[1])
+        found[name] = ratio if split is None else tensor_parallel.cut(ratio, split, grid.tp_rank, grid.tp_size)
+    return found
+
+
+def _runs(adapter: Adapter, loaded: load.Loaded, cuts: Mapping[str, Split], grid: Grid) -> Iterator[Run]:
+    """Where this rank has the parts of the base that an adapter brings."""
+    names = {file_name(name): name for name in loaded.partitions}
+    for parameter, replacement in merging.replacements(adapter).items():
+        kept, (first, last) = loaded.partitions[names[parameter]], loaded.spans[names[parameter]]
+        split, values = cuts.get(parameter), replacement.values
+        if trained(split) is not split and grid.tp_rank:
+            continue  # a bias that the first rank adds
+        if replacement.rows is None:
+            own = values if split is None else tensor_parallel.cut(values, split, grid.tp_rank, grid.tp_size)
+            yield Run(kept[: last - first], own.reshape(-1)[first:last])
+            continue
+        width, below = values.shape[1], 0  # rows of the table that ranks before this one have
+        if split is not None:
+            ((below, _),) = split.spans(sum(part.size for part in split.parts), grid.tp_rank, grid.tp_size)
+        for row, value in zip(replacement.rows.tolist(), values, strict=True):
+            start = (row - below) * width
+            lo, hi = max(start, first), min(start + width, last)
+            if lo < hi:
+                yield Run(kept[lo - first : hi - first], value[lo - start : hi - start])
