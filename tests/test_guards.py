@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
+from tiny_models import tiny_model
 from torch import Tensor, nn
 from training import config, start, write_rows
 
+from lora_scale.adapters import tokens
 from lora_scale.adapters.lora import LoRALinear, adapt, adapted_layers
 from lora_scale.parallel import checkpoint, grid, guards, masters
 from lora_scale.parallel.engine import StepResult
@@ -86,7 +88,7 @@ def break_layer(model: nn.Module, name: str, forward: Callable[[LoRALinear, Tens
 
 
 def test_a_run_that_trains_passes() -> None:
-    assert guarded(two_layers(), [1e-3] * 3).idle_experts == ()
+    assert guarded(two_layers(), [1e-3] * 3).idle == ()
 
 
 def test_warm_up_that_begins_at_zero_passes() -> None:
@@ -147,7 +149,18 @@ def test_experts_without_tokens_are_listed_not_refused() -> None:
     experts[1](torch.randn(2, 6)).square().sum().backward()
     optimizer.step()
     guard.after_step(1, 1e-3, 4)
-    assert guard.idle_experts == ("mlp.experts.0.weight", "mlp.experts.2.weight")
+    assert guard.idle == ("mlp.experts.0.weight", "mlp.experts.2.weight")
+
+
+def test_new_tokens_that_no_row_has_are_listed_not_refused() -> None:
+    model = tiny_model("llama")
+    tokens.insert(model.requires_grad_(False), [7])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    guard = LearningGuard(engine_of(model, optimizer))
+    model(input_ids=torch.tensor([[3, 4, 5]])).logits.square().sum().backward()
+    optimizer.step()
+    guard.after_step(1, 1e-3, 3)
+    assert guard.idle == ("model.embed_tokens.token_adapter.trainable_tokens_delta",)
 
 
 @pytest.mark.parametrize(("lr", "moves"), [(1e-9, False), (1e-6, True)])

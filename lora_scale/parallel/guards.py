@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_scale.adapters import tokens
 from lora_scale.parallel import masters
 from lora_scale.parallel.engine import Engine, StepResult
 from lora_scale.spec.errors import TrainingError
@@ -21,7 +22,8 @@ class LearningGuard:
     at the first.
 
     A gradient shows in Adam's first moment; it alone is judged beyond MAX_WATCHED, and where all values are so large
-    that fp32 rounds such a learning rate away. Experts may see no token in a step: they are listed, not refused.
+    that fp32 rounds such a learning rate away. Experts may see no token in a step, and a batch none of the new tokens:
+    they are listed, not refused.
     """
 
     def __init__(self, engine: Engine):
@@ -33,7 +35,7 @@ class LearningGuard:
             if (watched := watched + p.numel) <= MAX_WATCHED:
                 self._before[p.name] = self._value(p)
         self._steps = 0
-        self.idle_experts: tuple[str, ...] = ()
+        self.idle: tuple[str, ...] = ()
 
     def after_step(self, number: int, lr: float, target_tokens: int) -> None:
         """Collective while the guard is active: two steps that had a learning rate and target tokens."""
@@ -41,16 +43,16 @@ class LearningGuard:
             return
         self._steps += 1
         checked = [p for p in self._parts if self._steps > 1 or not p.name.endswith("lora_A")]
-        if (idle := self._idle(checked, lr)) and (stuck := [name for name in idle if ".experts." not in name]):
+        if (idle := self._without(checked, lr)) and (stuck := [name for name in idle if not _may_idle(name)]):
             raise TrainingError(
                 f"step {number}: {len(stuck)} of {len(checked)} trainable tensors had no gradient or did not move, "
                 f"first {stuck[0]}; the model does not train as configured"
             )
-        self.idle_experts = tuple(idle)
+        self.idle = tuple(idle)
         if self._steps == 2:
             self._before = None  # seen to work: give the copies back
 
-    def _idle(self, parts: list[masters.Part], lr: float) -> list[str]:
+    def _without(self, parts: list[masters.Part], lr: float) -> list[str]:
         """Names of the tensors of which no rank saw a gradient and a change. One collective."""
         optimizer = masters.torch_optimizer(self._ds)
         flags = torch.zeros(len(parts), 2, dtype=torch.int32)
@@ -72,6 +74,10 @@ class LearningGuard:
 
     def _value(self, part: masters.Part) -> Tensor:
         return part.view(masters.torch_optimizer(self._ds), masters.VALUE).clone()
+
+
+def _may_idle(name: str) -> bool:
+    return ".experts." in name or name.endswith(f".{tokens.DELTA}")
 
 
 def check_finite(number: int, result: StepResult, names: str) -> None:
