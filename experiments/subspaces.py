@@ -79,6 +79,32 @@ def _update(group: str, rows: Sequence[ModuleRow], name: str) -> dict[str, Any]:
     }
 
 
+def table(record: dict[str, Any]) -> list[str]:
+    """The record as Markdown."""
+    lines = [
+        "| module, run | effective rank | directions for 90% | \\|\\|U^T W V\\|\\| from dW | from W | from random | "
+        "\\|\\|dW\\|\\| | amplification |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in record["updates"]:
+        keys = ("effective_rank", "directions_90", "from_update", "from_weight", "from_random", "update_norm")
+        cells = [f"{row[key]:.3g}" for key in (*keys, "amplification")]
+        lines.append(f"| {row['group']}, {row['run']} | {' | '.join(cells)} |")
+    sides = list(record["pairs"][0]["phi"])
+    lines += [
+        "",
+        f"| phi of the first / of all directions | {' | '.join(sides)} | chance |",
+        f"|---|{'--:|' * len(sides)}--:|",
+    ]
+    for row in record["pairs"]:
+        cells = [
+            f"{row['phi'][side][0]:.2f} / {row['phi'][side][1]:.2f}" if side in row["phi"] else "-" for side in sides
+        ]
+        level = "{:.3f} / {:.3f}".format(*row["chance"])
+        lines.append(f"| {' and '.join(row['runs'])}, {row['group']} | {' | '.join(cells)} | {level} |")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)

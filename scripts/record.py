@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import memory_grid
 import run_grid
+import subspaces
 
 from lora_scale.commands.benching import tables as tables_of_bench
 from lora_scale.storage import provenance
@@ -138,7 +139,7 @@ def tables(arguments: argparse.Namespace) -> None:
         elif record.get("kind") == "analyze":
             text += _analyze_table(path.name, record)
         elif record.get("kind") == "subspaces":
-            text += _subspaces_table(path.name, record)
+            text += [*_head("Updates of three short runs", path.name, record), *subspaces.table(record), ""]
         elif "title" in record:
             text += _table(path.name, record)
         if "signals" in record:
@@ -230,33 +231,6 @@ def _analyze_table(file: str, record: dict[str, Any]) -> list[str]:
             f"{row['seconds']:,.0f} | {row['cpu_seconds']:,.0f} | {row['peak_rss_gib']:.2f} | "
             f"{row['values_off']:.0e} | {row['from_update_off']:.0e} |"
         )
-    return [*lines, ""]
-
-
-def _subspaces_table(file: str, record: dict[str, Any]) -> list[str]:
-    """Lines of experiments/subspaces.py."""
-    lines = _head("Updates of three short runs", file, record)
-    lines += [
-        "| module, run | effective rank | directions for 90% | \\|\\|U^T W V\\|\\| from dW | from W | from random | "
-        "\\|\\|dW\\|\\| | amplification |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in record["updates"]:
-        keys = ("effective_rank", "directions_90", "from_update", "from_weight", "from_random", "update_norm")
-        cells = [f"{row[key]:.3g}" for key in (*keys, "amplification")]
-        lines.append(f"| {row['group']}, {row['run']} | {' | '.join(cells)} |")
-    sides = list(record["pairs"][0]["phi"])
-    lines += [
-        "",
-        f"| phi of the first / of all directions | {' | '.join(sides)} | chance |",
-        f"|---|{'--:|' * len(sides)}--:|",
-    ]
-    for row in record["pairs"]:
-        cells = [
-            f"{row['phi'][side][0]:.2f} / {row['phi'][side][1]:.2f}" if side in row["phi"] else "-" for side in sides
-        ]
-        level = "{:.3f} / {:.3f}".format(*row["chance"])
-        lines.append(f"| {' and '.join(row['runs'])}, {row['group']} | {' | '.join(cells)} | {level} |")
     return [*lines, ""]
 
 
