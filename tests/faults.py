@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ run_dir: run
 precision: fp32
 recompute: none
 lora: {{r: 4, lora_alpha: 8}}
-train: {{max_steps: {STEPS}, global_batch_size: 12, lr: 3e-3}}
+train: {{max_steps: {STEPS}, global_batch_size: 12, lr: 3e-3, schedule: constant}}
 save: {{every: 4}}
 """
 # In every Python of a host: raise in the main thread once /run/raise is there. Nothing of ours knows of it.
@@ -70,12 +70,20 @@ def prepare(folder: Path) -> None:
 class Job:
     """`lora-scale launch` on the first host, its screen read as it comes."""
 
-    def __init__(self, hosts: Cluster, folder: Path, *words: str, run: str = "run", launcher: str = "ssh"):
+    def __init__(
+        self,
+        hosts: Cluster,
+        folder: Path,
+        *words: str,
+        run: str = "run",
+        launcher: str = "ssh",
+        overrides: Sequence[str] = (),
+    ):
         self.folder, self.hosts, self.run_dir = folder, hosts, folder / run
         command = ["python", "-m", "lora_scale", "launch", "--hostfile", "hosts", "--launcher", launcher, *words]
         env = {**CLEAN, "PYTHONPATH": f"{ROOT}:{folder / 'site'}"}
         self.process = hosts[0].start(
-            [*command, "run.yaml", f"run_dir={run}"],
+            [*command, "run.yaml", f"run_dir={run}", *overrides],
             cwd=folder,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -129,6 +137,10 @@ class Job:
         there()
         assert found, f"no error:\n{self.screen}"
         return found[0]
+
+    def errors(self) -> list[str]:
+        """What has gone wrong so far, as the screen says it."""
+        return [line for _, line in list(self.lines) if line.startswith("lora-scale: error")]
 
     def supervisor(self) -> int:
         """The process of the verb, by its number outside."""
@@ -292,7 +304,7 @@ def before(fault: str, hosts: Cluster, folder: Path) -> Result:
     code = job.end()
     seconds = round(time.monotonic() - began, 1)
     hosts.hostfile(folder / "hosts")
-    errors = [line for _, line in job.lines if line.startswith("lora-scale: error")]
+    errors = job.errors()
     assert errors and re.search(wanted, errors[0]), f"{fault}:\n{job.screen}"
     return Result(fault, 0, seconds, errors[0], orphans(hosts), "no need", None, code, True, seconds)
 

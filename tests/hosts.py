@@ -111,7 +111,8 @@ class Host(Local):
         cluster, index = self.cluster, self.index
         cluster.ip_link("del", f"v{index}", check=False)  # of a host that was switched off a moment ago
         self.process, self.pid = _spawn(*SPACES, "sh", "-c", self._boot)
-        cluster.ip_link("add", f"v{index}", "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
+        card = ("name", "eth0", "address", f"02:00:00:00:00:{index + 1:02x}")  # it keeps its card: others remember it
+        cluster.ip_link("add", f"v{index}", "type", "veth", "peer", *card, "netns", str(self.pid))
         cluster.ip_link("set", f"v{index}", "master", "br0", "up")
 
     def start(

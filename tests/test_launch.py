@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from lora_scale import cli
 from lora_scale.commands import crosscheck
 from lora_scale.parallel import hostcheck, pace, pulse, starters, verdict
 from lora_scale.parallel.verdict import Ended, Facts, RankSeen, Swept
 from lora_scale.spec import hosts as host_list
-from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.errors import ConfigError, UsageError
 from lora_scale.spec.hosts import Host
 
 TWO = (Host("node-a", 1), Host("node-b", 1))
@@ -56,6 +58,46 @@ def test_a_hostfile(tmp_path: Path) -> None:
 def test_a_wrong_hostfile(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         hostfile(tmp_path, text)
+
+
+BY_HAND = ("--launcher", "no_ssh", "--master-addr", "node-a", "--master-port", "29500")
+FOUR = (Host("a", 8), Host("b", 8), Host("c", 8), Host("d", 4))
+
+
+@pytest.mark.parametrize(
+    ("away", "least", "left"),
+    [
+        ({"b"}, 1, "ac"),  # 20 ranks do not divide 48 blocks, 16 do
+        ({"c", "d"}, 1, "ab"),
+        ({"a", "b", "c"}, 1, "d"),
+        ({"b"}, 3, ""),  # three are there, but the batch wants two or one
+        ({"a", "b"}, 2, "cd"),
+        ({"a", "b", "c", "d"}, 1, ""),
+    ],
+)
+def test_who_goes_on_without_those_that_are_away(away: set[str], least: int, left: str) -> None:
+    found = host_list.without(FOUR, away, least, lambda ranks: ranks > 0 and 48 % ranks == 0)
+    assert "".join(host.name for host in found) == left
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--min-nodes", "3", "--max-restarts", "1"), "--min-nodes is 3; the hostfile names 2 hosts"),
+        (("--min-nodes", "1"), "say also --max-restarts N"),
+        (("--min-nodes", "1", "--max-restarts", "1", *BY_HAND), "a launcher that goes by ssh"),
+        (("--min-nodes", "1", "--max-restarts", "1", "--no-preflight"), "with --preflight"),
+    ],
+)
+def test_fewer_hosts_only_where_that_can_be(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    hostfile(tmp_path, "node-a slots=1\nnode-b slots=1\n")
+    (tmp_path / "run.yaml").write_text(
+        f"{{model: model, data: {{train: rows.jsonl}}, run_dir: {tmp_path / 'run'}, train: {{max_steps: 1}}}}"
+    )
+    command = ["launch", "--hostfile", str(tmp_path / "hosts"), *words, str(tmp_path / "run.yaml")]
+    done = CliRunner().invoke(cli.verbs, command)
+    assert isinstance(done.exception, UsageError) and message in str(done.exception)
+    assert not (tmp_path / "run").exists()
 
 
 def start(folder: Path, words: tuple[str, ...], env: dict[str, str]) -> starters.Start:

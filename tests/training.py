@@ -7,6 +7,7 @@ The reference takes every document by itself, so that equality also says that pa
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def start(here: World, tree: dict[str, Any], *, randomise: bool = True, resume: 
     cfg = RunConfig.model_validate(tree)
     screen = Console(rank=1)  # silent
     folder, identity = setup.open_base(cfg, screen)
-    grid = grids.make(cfg.parallel, here)
+    grid = _grid(cfg.parallel, here)
     data = run_data.read_data(cfg, folder, grid)
     model, dropout, _ = setup.build_model(cfg, folder, setup.find_init_adapter(cfg, folder, identity), resume)
     job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen)
@@ -97,6 +98,11 @@ def start(here: World, tree: dict[str, Any], *, randomise: bool = True, resume: 
         zeros = {name: torch.zeros_like(value) for name, value in values.items()}
         masters.restore(job.engine.ds, parts, {masters.VALUE: values, **dict.fromkeys(masters.MOMENTS, zeros)}, step=0)
     return job
+
+
+# Made once for all cases of a launch: each group of gloo has threads that wake a hundred times a second, and after some
+# cases there would be nothing but them.
+_grid = cache(grids.make)
 
 
 def train(job: setup.Job, first: int = 0, steps: int | None = None) -> Trace:

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+NARROW = 64  # columns of a product that costs its sum's traffic, not its arithmetic
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
     """How a tensor comes to be again: `make(*kept)`.
 
     `share`: `make` gives this rank's tokens only; a gradient of all tokens, of which this rank has a part, must go
-    through it to be summed over the ranks and cut to them.
+    through it to be summed over the ranks and cut to them. It begins that, and gives what waits for the end.
     """
 
     make: Callable[..., Tensor]
     kept: tuple[Tensor, ...]
-    share: Callable[[Tensor], Tensor] | None = None
+    share: Callable[[Tensor], Callable[[], Tensor]] | None = None
 
 
 def origin(x: Tensor) -> Origin:
@@ -40,36 +42,55 @@ def same(y: Tensor, x: Tensor) -> Tensor:
     return with_origin(y, x._origin) if hasattr(x, "_origin") else y
 
 
-def gathered(y: Tensor, x: Tensor, share: Callable[[Tensor], Tensor]) -> Tensor:
+def gathered(y: Tensor, x: Tensor, share: Callable[[Tensor], Callable[[], Tensor]]) -> Tensor:
     """`y` is all ranks' `x` side by side along the tokens."""
     own = origin(x)
     return with_origin(y, Origin(own.make, own.kept, share))
 
 
 class Sum:
-    """The gradient of a tensor that several linear layers read, added up by their products and not beside them."""
+    """The gradient of a tensor that several linear layers read, added up by their products and not beside them.
+
+    A product with few columns costs what reading and writing the sum costs: those of adapters are held back, to be
+    added together.
+    """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None  # (tokens, features)
         self._readers = self._added = 0
+        self._held: list[tuple[Tensor, Tensor]] = []
 
     def expect(self) -> None:
         """One more reader will add its part."""
         self._readers += 1
 
-    def is_last(self) -> bool:
-        """Whether the part that is added now is the last one."""
-        self._added += 1
-        return self._added == self._readers
-
     def add(self, dy: Tensor, weight: Tensor) -> None:
         """`dy` (tokens, out) times `weight` (out, features)."""
+        self._added += 1
+        is_last, is_narrow = self._added == self._readers, len(weight) <= NARROW
+        if is_narrow:
+            self._held.append((dy, weight))
+        if is_last:
+            self.add_held(is_narrow)
+        if not is_narrow:
+            self.add_product(dy, weight, is_last)
+
+    def add_held(self, is_last: bool) -> None:
+        """Nothing is held back any more."""
+        if self._held:
+            gradients, weights = zip(*self._held, strict=True)
+            self._held.clear()
+            self.add_product(torch.cat(gradients, 1), torch.cat(weights), is_last)
+
+    def add_product(self, dy: Tensor, weight: Tensor, is_last: bool) -> None:
+        """At once. `is_last`: there will be no other."""
         if self.total is None:
             self.total = dy @ weight
         else:
             self.total.addmm_(dy, weight)
 
     def take(self) -> Tensor | None:
+        self.add_held(True)
         total, self.total = self.total, None
         return total
 

@@ -28,19 +28,21 @@ class _Update(torch.autograd.Function):
         (dy,), (narrow, *kept), (lora_a, lora_b) = grads, ctx.saved_tensors, ctx.factors
         needs_x, needs_a, needs_b = ctx.needs_input_grad[1:4]
         flat = _flat(dy)
-        dx = da = db = None
-        if needs_b:
-            db = (flat.t() @ narrow).to(lora_b.dtype) * ctx.scaling
+        dx = da = db = shared = None
         if needs_x or needs_a:
             dnarrow = (flat @ lora_b.data.to(dy.dtype)) * ctx.scaling
+            if needs_a and ctx.share is not None:  # on its way while the other products run
+                shared = ctx.share(dnarrow.view(*dy.shape[:-1], -1))
             if needs_x and ctx.sum is not None:
                 ctx.sum.add(dnarrow, lora_a.data.to(dy.dtype))
             elif needs_x:
                 dx = (dnarrow @ lora_a.data.to(dy.dtype)).view(*dy.shape[:-1], lora_a.shape[1])
-            if needs_a:
-                if ctx.share is not None:
-                    dnarrow = _flat(ctx.share(dnarrow.view(*dy.shape[:-1], -1)))
-                da = (dnarrow.t() @ _flat(ctx.make(*kept))).to(lora_a.dtype)
+        if needs_b:
+            db = (flat.t() @ narrow).to(lora_b.dtype) * ctx.scaling
+        if needs_a:
+            x = _flat(ctx.make(*kept))
+            own = dnarrow if shared is None else _flat(shared())
+            da = (own.t() @ x).to(lora_a.dtype)
         return dy, dx, da, db, None, None
 
 

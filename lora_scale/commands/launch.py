@@ -6,8 +6,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,10 +16,10 @@ import click
 from lora_scale.commands import crosscheck
 from lora_scale.commands.options import EXIT_CODES
 from lora_scale.parallel import hostcheck, launchers, pulse, starters
-from lora_scale.parallel.starters import LAUNCHERS, Start
+from lora_scale.parallel.starters import LAUNCHERS, Reach, Start
 from lora_scale.parallel.supervise import Supervisor, sweep_all
 from lora_scale.parallel.verdict import Outcome
-from lora_scale.spec import configfile
+from lora_scale.spec import configfile, cost
 from lora_scale.spec import hosts as host_list
 from lora_scale.spec.errors import FindingError, UsageError
 from lora_scale.spec.hosts import Host
@@ -29,10 +30,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
-class Options:
-    """The command line, but for config and overrides."""
+class Job:
+    """What is launched, and how: the command line, and what the config says of it."""
 
+    config: Path
+    overrides: tuple[str, ...]
     hosts: tuple[Host, ...]
+    min_nodes: int
     launcher: str
     patience: float
     exported: tuple[str, ...]
@@ -40,6 +44,12 @@ class Options:
     master_addr: str | None
     master_port: int | None
     preflight: bool
+    chatter: Path  # the log of launchers' own words
+    suits: Callable[[int], bool]  # whether it can run on so many ranks
+
+    @property
+    def reach(self) -> Reach:
+        return LAUNCHERS[self.launcher][1]
 
 
 @click.command(epilog=EXIT_CODES)
@@ -57,6 +67,11 @@ class Options:
     help="Seconds in which a job that has failed anywhere is over everywhere.",
 )
 @click.option("--max-restarts", type=click.IntRange(min=0), default=0, show_default=True, help="After a fault.")
+@click.option(
+    "--min-nodes",
+    type=click.IntRange(min=1),
+    help="Restart with as few hosts as these when others do not come back, with the same global batch.",
+)
 @click.option("--export", "exported", multiple=True, metavar="NAME", help="Pass on this variable too, a secret also.")
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, help="no_ssh: which line of the hostfile this is.")
 @click.option("--master-addr", help="Where the other hosts reach the first one; found out where this is left out.")
@@ -69,6 +84,7 @@ def command(
     launcher: str,
     patience: float,
     max_restarts: int,
+    min_nodes: int | None,
     exported: tuple[str, ...],
     node_rank: int,
     master_addr: str | None,
@@ -89,7 +105,6 @@ def command(
     longer than half of it are waited for up to ten times the slowest before. Ctrl-C: every rank saves and stops.
     """
     hosts = _hosts(launcher, hostfile)
-    options = Options(hosts, launcher, patience, exported, node_rank, master_addr, master_port, preflight)
     if launcher == "no_ssh" and (node_rank >= len(hosts) or master_port is None or master_addr is None):
         raise UsageError(
             f"--launcher no_ssh needs --master-addr and --master-port, the same on every host, and --node-rank below "
@@ -97,8 +112,34 @@ def command(
         )
     cfg = configfile.load(config, overrides)
     chatter = cfg.run_dir / "log" / "launcher.txt"
+    job = Job(
+        config,
+        overrides,
+        hosts,
+        len(hosts) if min_nodes is None else min_nodes,
+        launcher,
+        patience,
+        exported,
+        node_rank,
+        master_addr,
+        master_port,
+        preflight,
+        chatter,
+        partial(cost.divides, cfg),
+    )
+    if min_nodes is not None:
+        _check_min_nodes(job, max_restarts)
     chatter.parent.mkdir(parents=True, exist_ok=True)
-    raise SystemExit(_attempts(options, config, overrides, chatter, max_restarts))
+    raise SystemExit(_attempts(job, max_restarts))
+
+
+def _check_min_nodes(job: Job, max_restarts: int) -> None:
+    if job.min_nodes > len(job.hosts):
+        raise UsageError(f"--min-nodes is {job.min_nodes}; the hostfile names {len(job.hosts)} hosts")
+    if not max_restarts:
+        raise UsageError("--min-nodes is for restarts; say also --max-restarts N")
+    if job.reach != "ssh" or not job.preflight:
+        raise UsageError("--min-nodes needs to ask the hosts: a launcher that goes by ssh, with --preflight")
 
 
 def _hosts(launcher: str, hostfile: Path | None) -> tuple[Host, ...]:
@@ -115,13 +156,13 @@ def _expand(nodes: str) -> list[str]:
     return done.stdout.split()
 
 
-def _attempts(options: Options, config: Path, overrides: Sequence[str], chatter: Path, max_restarts: int) -> int:
+def _attempts(job: Job, max_restarts: int) -> int:
     """Start, and start again after faults; the exit code."""
-    say, before = click.echo, None
+    before = None
     for number in range(max_restarts + 1):
-        until = time.monotonic() + (options.patience if number else 0.0)
+        until = time.monotonic() + (job.patience if number else 0.0)
         token = secrets.token_hex(8)
-        outcome = _attempt(options, config, overrides, chatter, until, say, token, before)
+        outcome = _attempt(job, until, token, before)
         before = token
         if outcome.code == 0:
             return 0
@@ -129,56 +170,42 @@ def _attempts(options: Options, config: Path, overrides: Sequence[str], chatter:
         for line in outcome.line.splitlines():
             click.echo(f"lora-scale: {'' if outcome.code in (75, 130) else 'error: '}{line}", err=True)
         if outcome.code not in (75, 130):
-            click.echo(f"  every host is clean after {outcome.seconds:.0f} s; log: {chatter.parent}", err=True)
+            click.echo(f"  every host is clean after {outcome.seconds:.0f} s; log: {job.chatter.parent}", err=True)
         if last:
             return outcome.code
-        say(f"restart  {number + 1} of {max_restarts}, from the last whole checkpoint")
+        click.echo(f"restart  {number + 1} of {max_restarts}, from the last whole checkpoint")
     raise AssertionError
 
 
-def _attempt(
-    options: Options,
-    config: Path,
-    overrides: Sequence[str],
-    chatter: Path,
-    until: float,
-    say: Callable[[str], None],
-    token: str,
-    before: str | None,
-) -> Outcome:
+def _attempt(job: Job, until: float, token: str, before: str | None) -> Outcome:
     """One start of all ranks, watched to its end. `before`: the attempt before it, of which a host that was cut off
     may still hold ranks."""
-    start_job, reach = LAUNCHERS[options.launcher]
-    env = starters.passed(os.environ, options.exported)
-    env |= {
-        launchers.TOKEN: token,
-        pulse.EVERY: f"{options.patience / 20:g}",
-        pulse.HANG: f"{options.patience / 2:g}",
-        launchers.EXPECTED: str(host_list.size(options.hosts)),
-    }
-    master, interfaces = options.master_addr, dict[str, str]()
-    if reach == "ssh" and options.preflight:
-        master_seen, interfaces = _preflight(options, config, overrides, env, until, say)
+    env = starters.passed(os.environ, job.exported)
+    env |= {launchers.TOKEN: token, pulse.EVERY: f"{job.patience / 20:g}", pulse.HANG: f"{job.patience / 2:g}"}
+    hosts, master, interfaces = job.hosts, job.master_addr, dict[str, str]()
+    if job.reach == "ssh" and job.preflight:
+        hosts, master_seen, interfaces = _preflight(job, env, until, again=before is not None)
         master = master or master_seen
-    if reach == "ssh" and before:
-        sweep_all(options.hosts, before, "kill")
-    master = master or starters.master_of(options.hosts)
+    if job.reach == "ssh" and before:
+        sweep_all(hosts, before, "kill")
+    env[launchers.EXPECTED] = str(host_list.size(hosts))
+    master = master or starters.master_of(hosts)
     with tempfile.TemporaryDirectory(prefix="lora-scale-") as scratch:
         start = Start(
-            options.hosts,
-            ("train", str(config), *overrides),
+            hosts,
+            ("train", str(job.config), *job.overrides),
             env,
             master,
-            options.master_port or starters.port_for(token),
+            job.master_port or starters.port_for(token),
             Path.cwd(),
             Path(scratch),
-            options.node_rank,
+            job.node_rank,
             interfaces,
         )
-        mine = [options.hosts[options.node_rank]] if options.launcher == "no_ssh" else options.hosts
-        names = [host.name for host in mine]
-        supervisor = Supervisor(start_job(start), options.hosts, names, token, options.patience, reach, chatter, say)
-        say(f"launch   {start.size} ranks on {len(options.hosts)} hosts by {options.launcher}, meeting at {master}")
+        mine = [host.name for host in ([hosts[job.node_rank]] if job.launcher == "no_ssh" else hosts)]
+        commands = LAUNCHERS[job.launcher][0](start)
+        supervisor = Supervisor(commands, hosts, mine, token, job.patience, job.reach, job.chatter, click.echo)
+        click.echo(f"launch   {start.size} ranks on {len(hosts)} hosts by {job.launcher}, meeting at {master}")
         handlers = {number: signal.signal(number, supervisor.stop) for number in SIGNALS}
         try:
             return supervisor.run()
@@ -188,29 +215,38 @@ def _attempt(
 
 
 def _preflight(
-    options: Options,
-    config: Path,
-    overrides: Sequence[str],
-    env: dict[str, str],
-    until: float,
-    say: Callable[[str], None],
-) -> tuple[str, dict[str, str]]:
-    """Where the first rank will be, and gloo's interfaces. FindingError with a line a finding that forbids the job.
+    job: Job, env: dict[str, str], until: float, again: bool
+) -> tuple[tuple[Host, ...], str, dict[str, str]]:
+    """The hosts to run on, where the first rank will be, and gloo's interfaces. FindingError with a line a finding that
+    forbids the job.
 
-    A host that does not answer is asked again until `until`: after a restart it may be on its way back.
+    A host that does not answer is asked again until `until`: after a restart it may be on its way back. Then a job that
+    starts `again` goes on without it where that is allowed.
     """
-    request = {"config": str(config), "overrides": list(overrides), "first": options.hosts[0].name.rpartition("@")[2]}
+    request = {"config": str(job.config), "overrides": list(job.overrides), "first": _name(job.hosts[0])}
+    hosts = job.hosts
     while True:
-        questions = [("look", request, env)] * len(options.hosts)
-        answers = hostcheck.ask(options.hosts, questions, Path.cwd(), ASK_SECONDS)
-        findings = list(crosscheck.of_facts(options.hosts, answers))
+        answers = hostcheck.ask(hosts, [("look", request, env)] * len(hosts), Path.cwd(), ASK_SECONDS)
+        findings = list(crosscheck.of_facts(hosts, answers))
         bad = [finding for finding in findings if finding.blocks]
         if not bad:
             break
-        if time.monotonic() > until or not any(finding.name == "reachable" for finding in bad):
+        away = {finding.host for finding in bad if finding.name == "reachable"}
+        if away and time.monotonic() < until:
+            time.sleep(RETURN_EVERY)
+            continue
+        left = host_list.without(hosts, away, job.min_nodes, job.suits) if away and again else ()
+        if not left:
             raise FindingError("\n".join(str(finding) for finding in bad))
-        time.sleep(RETURN_EVERY)
+        gone = ", ".join(host.name for host in hosts if host not in left)
+        ranks = host_list.size(left)
+        click.echo(f"note     going on without {gone}: {ranks} rank{'s' * (ranks > 1)}, the same global batch")
+        hosts, request = left, {**request, "first": _name(left[0])}
     for finding in findings:
         if finding.status == "finding":
-            say(f"note     {finding}")
-    return crosscheck.master(options.hosts, answers), crosscheck.interfaces(options.hosts, answers)
+            click.echo(f"note     {finding}")
+    return hosts, crosscheck.master(hosts, answers), crosscheck.interfaces(hosts, answers)
+
+
+def _name(host: Host) -> str:
+    return host.name.rpartition("@")[2]

@@ -8,6 +8,7 @@ sequence, features); `group` is the tensor-parallel group.
     take_sequence      own tokens of all            backward: all-gather
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -41,16 +42,32 @@ def sum_ranks(x: Tensor, group: Any) -> Tensor:
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:
-    return marks.gathered(_Operator.apply(x, group, _gather, _scatter), x, partial(scatter, group=group))
+    return marks.gathered(_Operator.apply(x, group, _gather, scatter), x, partial(begin_scatter, group=group))
 
 
 def scatter_sequence(x: Tensor, group: Any) -> Tensor:
-    return _Operator.apply(x, group, _scatter, _gather)
+    return _Operator.apply(x, group, scatter, _gather)
+
+
+def begin_scatter(x: Tensor, group: Any) -> Callable[[], Tensor]:
+    """What waits for the sum over the ranks of (batch, tokens, features) and gives this rank's tokens of it; not for
+    autograd."""
+    ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
+    own = x.new_empty(batch, tokens // ranks, features)
+    parts = _by_rank(x, ranks).flatten(0, 1)
+    work = dist.reduce_scatter_tensor(own, parts, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        with exposed(own.device):
+            work.wait()
+        return own
+
+    return wait
 
 
 def scatter(x: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks of (batch, tokens, features), of this rank's tokens; not for autograd."""
-    return _scatter(x, group)
+    """The same, waited for."""
+    return begin_scatter(x, group)()
 
 
 def take_sequence(x: Tensor, group: Any) -> Tensor:
@@ -76,16 +93,6 @@ def _gather(x: Tensor, group: Any) -> Tensor:
     with exposed(x.device):
         dist.all_gather_into_tensor(parts, x, group=group)
     return parts.view(ranks, batch, tokens, features).transpose(0, 1).reshape(batch, ranks * tokens, features)
-
-
-def _scatter(x: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks, of this rank's share of the tokens."""
-    ranks, (batch, tokens, features) = dist.get_world_size(group), x.shape
-    own = x.new_empty(batch, tokens // ranks, features)
-    parts = _by_rank(x, ranks)
-    with exposed(x.device):
-        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group)
-    return own
 
 
 def _take(x: Tensor, group: Any) -> Tensor:

@@ -44,7 +44,7 @@ def _gather_for_readers(exchange: Exchange, x: Tensor, group: Any) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad) or x.shape[0] > 1:
         return collectives.gather_sequence(x, group)
     total = _Sent(exchange)
-    y = marks.gathered(_Gathered.apply(x, total), x, lambda dx: collectives.scatter(dx, group))
+    y = marks.gathered(_Gathered.apply(x, total), x, partial(collectives.begin_scatter, group=group))
     marks.let_readers_add(y, total)
     marks.let_arrive(y, total.arriving)
     return marks.lent(y)
@@ -60,8 +60,8 @@ class _Sent(marks.Sum):
         self._summing: Summing | None = None
         self._sent = False
 
-    def add(self, dy: Tensor, weight: Tensor) -> None:
-        is_last, is_first, tokens = self.is_last(), self._summing is None, len(dy) // self.exchange.size
+    def add_product(self, dy: Tensor, weight: Tensor, is_last: bool) -> None:
+        is_first, tokens = self._summing is None, len(dy) // self.exchange.size
         if self._summing is None:
             self._summing = self.exchange.summing(tokens, weight.shape[1], dy)
         for index, (rank, room) in enumerate(self._summing.rooms):
@@ -76,6 +76,7 @@ class _Sent(marks.Sum):
 
     def own(self) -> Tensor | None:
         """This rank's tokens of the gradient, (tokens, features); None where no reader gave any."""
+        self.add_held(is_last=True)
         summing, self._summing = self._summing, None
         if summing is None:
             return None

@@ -76,6 +76,8 @@ class Pulse:
         began = time.monotonic()
         self._since, self._limit, self.step_number = began, limit, number
         self.phase = "step"  # last: from here on the other thread looks at the clock
+        if not self._steps:
+            self._say("alive")  # set-up is over: nobody should call a fault one of set-up
         if limit:
             faulthandler.dump_traceback_later(limit + LAST_RESORT, exit=True, file=self._file)
         yield

@@ -61,6 +61,12 @@ def accumulation_steps(cfg: RunConfig, ranks: int) -> int:
     return cfg.train.global_batch_size // per_pass
 
 
+def divides(cfg: RunConfig, ranks: int) -> bool:
+    """Whether so many ranks can take the config's global batch and tensor-parallel groups."""
+    copies, left = divmod(ranks, cfg.parallel.tensor_parallel_size)
+    return not left and copies > 0 and not cfg.train.global_batch_size % (cfg.train.micro_batch_size * copies)
+
+
 def reduce_bucket(trained: int) -> int:
     """Elements of DeepSpeed's reduce_bucket_size. Stage 3 allocates it for the whole run."""
     return max(1024, min(trained, REDUCE_BUCKET))

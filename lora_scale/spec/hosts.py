@@ -2,7 +2,7 @@
 network."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,6 +78,14 @@ def _host(words: Sequence[str], before: Sequence[Host]) -> Host:
 def size(hosts: Sequence[Host]) -> int:
     """Ranks in all."""
     return sum(host.slots for host in hosts)
+
+
+def without(hosts: Sequence[Host], away: Set[str], at_least: int, suits: Callable[[int], bool]) -> tuple[Host, ...]:
+    """The most of the hosts that are not away, from the first on, whose number of ranks suits; none where those are
+    fewer than `at_least`."""
+    there = [host for host in hosts if host.name not in away]
+    counts = range(len(there), at_least - 1, -1)
+    return next((tuple(there[:count]) for count in counts if suits(size(there[:count]))), ())
 
 
 def of_rank(hosts: Sequence[Host], rank: int) -> str | None:
