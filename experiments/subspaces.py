@@ -93,7 +93,7 @@ def table(record: dict[str, Any]) -> list[str]:
     sides = list(record["pairs"][0]["phi"])
     lines += [
         "",
-        f"| phi of the first / of all directions | {' | '.join(sides)} | chance |",
+        f"| phi of the first / of all directions | {' | '.join(sides)} | chance, output side |",
         f"|---|{'--:|' * len(sides)}--:|",
     ]
     for row in record["pairs"]:
