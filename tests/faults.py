@@ -223,13 +223,13 @@ def mend(fault: str, hosts: Cluster, job: Job) -> None:
 
 
 DURING: dict[str, tuple[Fault, str]] = {  # in a run: how, and what the error must say
-    "SIGKILL of a rank": (kill_rank, r"rank 1 on node-b, (step \d+|set-up): .*(SIGKILL|ended without a word)"),
+    "SIGKILL of a rank": (kill_rank, r"rank 1 on node-b, step \d+: .*(SIGKILL|ended without a word)"),
     "SIGKILL of the launcher": (kill_launcher, ""),
     "SIGKILL of sshd": (kill_sshd, r"node-b"),
     "exception": (raise_exception, r"rank 1 on node-b, step \d+: .*KeyError"),
     "link down": (link_down, r"node-b \(rank 1\), step \d+: does not answer"),
     "power off": (power_off, r"node-b \(rank 1\), step \d+: does not answer"),
-    "disk full": (disk_full, r"step-\d+ was not written: .*No space left"),
+    "disk full": (disk_full, r"step-\d+ was not written: .*(No space left|No such file)"),  # if put in amid a write
     "SIGSTOP of a rank": (stop_rank, r"rank 1 on node-b, step \d+: is stopped"),
 }
 

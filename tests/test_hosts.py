@@ -128,6 +128,26 @@ def test_slurm_two_by_two(hosts: Cluster, folder: Path, alone: list[float]) -> N
 
 
 @needs_root
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_slurm_queues_a_signalled_job_again(hosts: Cluster, folder: Path, alone: list[float]) -> None:
+    """What its time limit or a preemption sends, sent by hand; Slurm itself starts the same job a second time."""
+    env = {**CLEAN, **start_slurm(hosts)}
+    sbatch = ["sbatch", "--parsable", "--nodes", "2", "--ntasks-per-node", "1", f"--output={folder}/requeued.txt"]
+    script = [ROOT / "launch/slurm.sbatch", "run.yaml", "run_dir=requeued", LONGER]
+    number = hosts[0].run([*sbatch, *script], cwd=folder, env=env, check=True).stdout.split()[-1]
+    screen = folder / "requeued.txt"
+    wait_for(lambda: (folder / "requeued" / "metrics.jsonl").is_file(), "a first step", 120)
+    hosts[0].run(["scancel", "--signal=USR1", number], env=env, check=True)
+    wait_for(lambda: "checkpoint saved" in screen.read_text(), "a checkpoint", 60)
+    wait_for(lambda: (folder / "requeued" / FINISHED).is_file(), "Slurm's second start", 400)
+    assert re.search(r"^resumed .*: \d+ of 90", screen.read_text(), re.MULTILINE)
+    job = hosts[0].run(["scontrol", "show", "job", number], env=env).stdout
+    assert "Restarts=1" in job, job
+    assert losses(folder / "requeued") == pytest.approx(alone, rel=1e-5)
+
+
+@needs_root
 @pytest.mark.timeout(600)
 def test_every_fault_in_turn(hosts: Cluster, folder: Path, alone: list[float]) -> None:
     """One run that is spared nothing: each fault is named, and it ends as if there had been none.
@@ -140,7 +160,7 @@ def test_every_fault_in_turn(hosts: Cluster, folder: Path, alone: list[float]) -
     for fault in BY_ITSELF:
         suffer(fault, job, hosts, folder)
     suffer("disk full", job, hosts, folder)
-    assert job.end() == 1 and f"restart  {len(BY_ITSELF)} of" in job.screen, job.screen
+    assert job.end() == 2 and f"restart  {len(BY_ITSELF)} of" in job.screen, job.screen
     (job := begin()).wait_step(job.step() + 2)
     kill_launcher(hosts, job, folder)
     wait_for(lambda: not orphans(hosts), "the end of every rank", 60)
