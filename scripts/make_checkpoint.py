@@ -4,18 +4,20 @@ and a tokenizer that only has the right number of ids: it is for rows that are t
 
     python scripts/make_checkpoint.py 8b /dev/shm/llama-7.2b
     python scripts/make_checkpoint.py 100b /dev/shm/slice --layers 30
+    python scripts/make_checkpoint.py 100b /tmp/llama-100.7b --only q_proj v_proj
 
 Needs numpy and this repository, neither torch nor transformers. Every element is random, so that no two slices of a
 tensor are equal and a rank that reads the wrong one is found out. Values are (+-)[2^-9, 2^-5), standard deviation
-0.014; norms are in [1, 1.12). The same arguments give the same bytes, whatever the number of files.
+0.014; norms are in [1, 1.12). The same arguments give the same bytes, whatever the number of files. With --only, the
+other tensors are holes in files of full size: they read as zeros and take no room on a disk.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from math import prod
 from pathlib import Path
@@ -24,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lora_scale.storage.weights import ITEMSIZES, write_safetensors
+from lora_scale.storage.weights import ITEMSIZES, header_bytes, write_safetensors
 
 Shape = tuple[int, ...]
 
@@ -114,15 +116,22 @@ def values(name: str, shape: Shape, dtype: str) -> np.ndarray:
     return raw
 
 
-def write_file(job: tuple[Path, dict[str, Shape], str]) -> None:
-    path, shapes, dtype = job
-
-    def tensors() -> Iterator[memoryview]:
-        for name, shape in shapes.items():
-            yield memoryview(values(name, shape, dtype))
-
+def write_file(job: tuple[Path, dict[str, Shape], str, list[str] | None]) -> None:
+    path, shapes, dtype, only = job
+    specs = [(name, dtype, shape) for name, shape in shapes.items()]
     path.unlink(missing_ok=True)
-    write_safetensors(path, [(n, dtype, s) for n, s in shapes.items()], tensors(), {"format": "pt"})
+    if only is None:
+        tensors = (memoryview(values(name, shape, dtype)) for name, shape in shapes.items())
+        return write_safetensors(path, specs, tensors, {"format": "pt"})
+    ends = tuple(f"{module}.weight" for module in only)
+    with path.open("wb") as file:
+        file.write(header_bytes(path, specs, {"format": "pt"}))
+        for name, shape in shapes.items():
+            if name.endswith(ends):
+                file.write(values(name, shape, dtype))
+            else:
+                file.seek(prod(shape) * ITEMSIZES[dtype], os.SEEK_CUR)
+        file.truncate(file.tell())
 
 
 def split(shapes: dict[str, Shape], n_files: int) -> list[dict[str, Shape]]:
@@ -147,6 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=FORMATS, default="BF16")
     parser.add_argument("--files", type=int, help="weight files (default: one for each 4 GB, at least 2)")
     parser.add_argument("--jobs", type=int, default=8, help="processes; each holds one tensor at a time")
+    parser.add_argument("--only", nargs="+", metavar="MODULE", help="write these (q_proj v_proj); the rest are holes")
     args = parser.parse_args(arguments)
     start = time.perf_counter()
     n_layers = args.layers or PRESETS[args.preset][2]
@@ -158,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(groups) == 1:
         names = ["model.safetensors"]
     args.folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(args.folder / name, group, args.dtype) for name, group in zip(names, groups, strict=True)]
+    jobs = [(args.folder / name, group, args.dtype, args.only) for name, group in zip(names, groups, strict=True)]
     if args.jobs == 1:
         list(map(write_file, jobs))
     else:

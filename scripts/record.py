@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import memory_grid
 import run_grid
+import subspaces
 
 from lora_scale.commands.benching import tables as tables_of_bench
 from lora_scale.storage import provenance
@@ -137,6 +138,8 @@ def tables(arguments: argparse.Namespace) -> None:
             text += [*head, memory_grid.table(record), ""]
         elif record.get("kind") == "analyze":
             text += _analyze_table(path.name, record)
+        elif record.get("kind") == "subspaces":
+            text += [*_head("Updates of three short runs", path.name, record), *subspaces.table(record), ""]
         elif "title" in record:
             text += _table(path.name, record)
         if "signals" in record:
@@ -218,13 +221,15 @@ def _analyze_table(file: str, record: dict[str, Any]) -> list[str]:
     """Lines of scripts/measure_analyze.py."""
     lines = _head("What `lora-scale analyze` takes", file, record)
     lines += [
-        "| base | adapted modules | r | seconds | of a processor | peak memory, GiB |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| base | GB | adapted modules | r | seconds | of a processor | peak memory, GiB | planted singular values, "
+        "off by | planted products with W, off by |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in record["rows"]:
         lines.append(
-            f"| {row['shape']} | {row['modules']} | {row['r']} | {row['seconds']:,.0f} | {row['cpu_seconds']:,.0f} | "
-            f"{row['peak_rss_gib']:.2f} |"
+            f"| {row['shape']} | {row['base_bytes'] / GB:,.0f} | {row['modules']} | {row['r']} | "
+            f"{row['seconds']:,.0f} | {row['cpu_seconds']:,.0f} | {row['peak_rss_gib']:.2f} | "
+            f"{row['values_off']:.0e} | {row['from_update_off']:.0e} |"
         )
     return [*lines, ""]
 

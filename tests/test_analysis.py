@@ -162,3 +162,5 @@ def test_the_randomised_svd_keeps_within_the_error_it_says(
     assert (nearest <= found.error * found.values[0] * (1 + 1e-5)).all()
     if decay:
         assert (exact - found.values).max() <= found.error * found.values[0]
+        # what the page shows; seen at most 2e-5 for 8 values of SmolLM2's q, v and down (docs/log.md)
+        assert found.values.norm().item() == pytest.approx(exact.norm().item(), rel=1e-4)

@@ -2,16 +2,21 @@
 
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import subspaces
 
 from lora_scale import cli
 from lora_scale.adapters import peft, survey
@@ -104,6 +109,25 @@ class Page(HTMLParser):
         for name, value in attrs:
             if name in ("src", "href", "xlink:href", "data") and value and not value.startswith(("#", "data:")):
                 self.fetched.append(f"{tag} {name}={value}")
+
+
+def test_the_papers_record_is_the_pages(base: Path, tmp_path: Path) -> None:
+    """experiments/subspaces.py: its medians are those of the page's own JSON."""
+    runs = [make_run(tmp_path / name, base, draw=draw) for name, draw in (("one", 1), ("other", 2))]
+    for run in runs:
+        (run / "manifest.json").write_text(json.dumps({"commit": "c"}))
+    _, record = subspaces.look(runs)
+    assert run_cli(*runs) == 0
+    page = json.loads((runs[0] / "analysis.json").read_text())
+    for row in record["updates"]:
+        modules = [m for m in page["modules"] if m["group"] == row["group"]]
+        assert row["effective_rank"] == median(m["spectra"][row["run"]]["effective_rank"] for m in modules)
+        assert row["amplification"] == pytest.approx(median(m["amplification"][row["run"]] for m in modules))
+    for row, pair in zip(record["pairs"], page["pairs"], strict=True):
+        assert row["phi"]["dW, output side"] == pytest.approx(
+            [pair["phi"]["dW, output side"][at][at] for at in (0, -1)]
+        )
+    assert [run["val_loss"] for run in record["runs"]] == [[3.0, 1.5]] * 2 and record["runs"][0]["trained_by"] == "c"
 
 
 def test_three_runs_side_by_side(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

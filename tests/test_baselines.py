@@ -1,4 +1,4 @@
-"""The methods of the paper's Table 4: against independent references, across a stop, and counted."""
+"""The methods of the paper's Tables 4 and 15: against independent references, across a stop, and counted."""
 
 import functools
 from pathlib import Path
@@ -34,6 +34,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter-h": ("llama", {"method": "adapter-h", "recompute": "all"}),
     "adapter-h, gpt2": ("gpt2", {"method": "adapter-h", "parallel__zero_stage": 1}),
     "adapter-l": ("llama", {"method": "adapter-l"}),
+    "lora+preembed": ("llama", {"method": "lora+preembed"}),
+    "lora+preembed, gpt2": ("gpt2", {"method": "lora+preembed", "parallel__zero_stage": 1}),
+    "lora+prelayer": ("llama", {"method": "lora+prelayer", "recompute": "all"}),
+    "lora+prelayer, deepspeed": ("llama", {"method": "lora+prelayer", "parallel__base_engine": "deepspeed"}),
 }
 RESUMED = list(baselines.METHODS)
 
@@ -77,7 +81,10 @@ def run_and_resume(here: World, cases: dict[str, dict[str, Any]], resumed: list[
     "names",
     [
         [*baselines.METHODS, "bitfit, gpt2"],
-        pytest.param(["prelayer, gpt2", "adapter-h, gpt2"], marks=pytest.mark.long),
+        pytest.param(
+            ["prelayer, gpt2", "adapter-h, gpt2", "lora+preembed, gpt2", "lora+prelayer, deepspeed"],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["each", "more"],
 )
@@ -182,12 +189,34 @@ def bottleneck(parts: Named, module: nn.Module, args: Any, y: Tensor) -> Tensor:
     return y + h @ parts["up"].T + parts["up_bias"]
 
 
+def with_factors(model: nn.Module, given: Named) -> Named:
+    """The vectors as they are alone, and PEFT's LoRA in the model."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    vectors = {name: p for name, p in given.items() if name.endswith(".prefix")}
+    modules = {name.rpartition(".")[0] for name in given.keys() - vectors}
+    conv1d = model.config.model_type == "gpt2"
+    lora = LoraConfig(r=4, lora_alpha=8.0, target_modules=sorted(modules), fan_in_fan_out=conv1d)
+    # PEFT's go in before GPT-2 adds its positions, ours after that
+    named = (prefix if conv1d or len(vectors) > 1 else preembed)(model, vectors)
+    inject_adapter_in_model(lora, model)
+    for name in given.keys() - vectors:
+        module, _, factor = name.rpartition(".")
+        named[name] = getattr(model.get_submodule(module), factor)["default"].weight
+        named[name].data.copy_(given[name].data)
+    for parameter in named.values():
+        parameter.requires_grad_(True)  # PEFT freezes all but its own
+    return {name: named[name] for name in given}
+
+
 REFERENCES = {
     "bitfit": bitfit,
     "preembed": preembed,
     "prelayer": prefix,
     "adapter-h": bottlenecks,
     "adapter-l": bottlenecks,
+    "lora+preembed": with_factors,
+    "lora+prelayer": with_factors,
 }
 
 
@@ -237,6 +266,23 @@ def test_counts_on_gpt3_are_the_papers(method: str, sizes: dict[str, int], milli
     """Table 4's first column, but for two of its figures."""
     found = baselines.numel(architecture(shape("gpt3-175b")), run_config("m", method, **sizes))
     assert round(found / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("alone", ["preembed", "prelayer"])
+def test_factors_beside_vectors_count_as_both(alone: str) -> None:
+    gpt3, both = architecture(shape("gpt3-175b")), run_config("m", f"lora+{alone}", prefix_tokens=8 + 4)
+    lora = run_config("m", "lora")
+    vectors = baselines.numel(gpt3, run_config("m", alone, prefix_tokens=8 + 4))
+    assert baselines.numel(gpt3, both) == cost.numel(states.trained_shapes(gpt3, lora)) + vectors
+    assert round(cost.numel(states.trained_shapes(gpt3, lora)) / 1e6, 1) == 37.7
+
+
+@pytest.mark.parametrize("key, value", [("dropout", 0.1), ("bias", "all"), ("use_dora", True), ("pissa", 4)])
+def test_factors_beside_vectors_are_plain(key: str, value: Any) -> None:
+    tree = run_config("m", "lora+prelayer").model_dump(mode="json")
+    tree["lora"] |= {key: value}
+    with pytest.raises(ValueError, match=rf"lora\.{key} is {value} and method is lora\+prelayer, which trains plain"):
+        RunConfig.model_validate(tree)
 
 
 def test_counts_are_pefts() -> None:

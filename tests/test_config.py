@@ -101,7 +101,8 @@ WRONG_VALUES = [
     ("run_dir=2026-11-21", "run_dir is 2026-11-21 (a date); it must be a path, in quotes"),
     (
         "method=LoRA",
-        "method is 'LoRA'; choose 'lora', 'full', 'bitfit', 'preembed', 'prelayer', 'adapter-h' or 'adapter-l'",
+        "method is 'LoRA'; choose 'lora', 'full', 'bitfit', 'preembed', 'prelayer', 'adapter-h', 'adapter-l', "
+        "'lora+preembed' or 'lora+prelayer'",
     ),
     ("recompute=off", "recompute is 'off'; it must be 'all', 'none', 'auto' or a whole number of at least 0"),
     ("recompute=true", "recompute is true; it must be 'all', 'none', 'auto' or a whole number of at least 0"),

@@ -85,3 +85,24 @@ def test_writing_twice_replaces(script: ModuleType, tmp_path: Path) -> None:
     for layers in ("1", "2"):
         script.main(["tiny", str(tmp_path), "--layers", layers, "--files", "2", "--jobs", "1"])
     assert "model.layers.1.mlp.up_proj.weight" in read_safetensors(open_folder(tmp_path).files[1])[0]
+
+
+def test_what_is_not_chosen_is_a_hole(script: ModuleType, tmp_path: Path) -> None:
+    """The same headers, the same bytes of the chosen tensors, zeros elsewhere, which take no room."""
+    arguments = ["1b", "--layers", "1", "--jobs", "1", "--files", "2"]
+    script.main([*arguments, str(tmp_path / "whole")])
+    script.main([*arguments, str(tmp_path / "holes"), "--only", "q_proj", "v_proj"])
+    whole, holes = open_folder(tmp_path / "whole"), open_folder(tmp_path / "holes")
+    assert holes.tensors.keys() == whole.tensors.keys()
+    for name, entry in holes.tensors.items():
+        other = whole.tensors[name]
+        assert (entry.offset, entry.nbytes, entry.shape) == (other.offset, other.nbytes, other.shape)
+        found = Path(entry.file).read_bytes()[entry.offset : entry.offset + entry.nbytes]
+        if name.endswith(("q_proj.weight", "v_proj.weight")):
+            assert found == Path(other.file).read_bytes()[other.offset : other.offset + other.nbytes], name
+        else:
+            assert not any(found), name
+    sizes = [file.stat() for file in holes.files]
+    assert sum(s.st_size for s in sizes) == sum(file.stat().st_size for file in whole.files)
+    chosen = sum(e.nbytes for n, e in holes.tensors.items() if n.endswith(("q_proj.weight", "v_proj.weight")))
+    assert sum(512 * s.st_blocks for s in sizes) < chosen + (1 << 20)

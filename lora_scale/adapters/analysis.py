@@ -6,14 +6,15 @@ two QR decompositions. A weight is walked through in blocks of rows, so that one
 largest thing in memory.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BLOCK = 16 << 20  # elements of a weight that are in fp32 at once, 64 MiB
+BLOCK = 1 << 19  # elements of a weight that are in fp32 at once: 2 MiB, which caches hold between two products
 EXACT_DIM = 2048  # up to this smaller dim a weight's singular values are exact (a second); above, randomised
 OVERSAMPLE, ROUNDS = 10, 8  # of the randomised SVD; trained weights' spectra are nearly flat, and need the rounds
 
@@ -140,7 +141,7 @@ def correlate(weight: Tensor, update: Update, top: Top, weight_norm: float, gene
 
 
 def frobenius(weight: Tensor) -> float:
-    return math.sqrt(sum(block.double().square().sum().item() for _, block in _blocks(weight)))
+    return math.sqrt(sum(block.norm(dim=1).double().square().sum().item() for _, block in _blocks(weight)))
 
 
 def top_values(weight: Tensor, count: int, generator: torch.Generator) -> Top:
@@ -165,16 +166,16 @@ def _randomised(weight: Tensor, count: int, generator: torch.Generator) -> Top:
     """Block Krylov (Musco and Musco, https://arxiv.org/abs/1504.05477): all rounds of a power iteration from a random
     start together span the space in which the small SVD is exact; the last round alone, as usual, is far worse here.
 
-    The values are never above the true ones. Of (u, s, v) found here W^T u = s v holds exactly; the other equation's
-    residual bounds the error: a singular value lies within ||W v - s u|| / sqrt(2) of s.
+    The values are never above the true ones. Of (u, s, v) found here W v = s u holds exactly; the other equation's
+    residual bounds the error: a singular value lies within ||W^T u - s v|| / sqrt(2) of s. ROUNDS + 2 passes over W.
     """
     wide = min(count + OVERSAMPLE, *weight.shape)
-    rounds = [_orthonormal(_times(weight, torch.randn(weight.shape[1], wide, generator=generator)))]
+    rounds = [_orthonormal(_gram_times(weight, torch.randn(weight.shape[1], wide, generator=generator)))]
     while len(rounds) < ROUNDS and (len(rounds) + 1) * wide <= min(weight.shape):
-        rounds.append(_orthonormal(_times(weight, _transposed_times(weight, rounds[-1]))))
+        rounds.append(_orthonormal(_gram_times(weight, rounds[-1])))
     basis = _orthonormal(torch.cat(rounds, dim=1))
-    u, values, vh = torch.linalg.svd(_transposed_times(weight, basis).T, full_matrices=False)
-    residual = _times(weight, vh[:count].T) - (basis @ u[:, :count]) * values[:count]
+    u, values, vh = torch.linalg.svd(_times(weight, basis), full_matrices=False)
+    residual = _transposed_times(weight, u[:, :count]) - basis @ vh[:count].T * values[:count]
     error = residual.norm(dim=0).max().item() / math.sqrt(2) / values[0].item()
     return Top(values[:count].double(), error)
 
@@ -195,7 +196,16 @@ def _times(weight: Tensor, columns: Tensor) -> Tensor:
 
 def _transposed_times(weight: Tensor, columns: Tensor) -> Tensor:
     """W^T X: (in, k)"""
-    return sum((block.T @ columns[rows].to(block.dtype) for rows, block in _blocks(weight)), torch.zeros(()))
+    return _sum(columns[rows].to(block.dtype).T @ block for rows, block in _blocks(weight)).T
+
+
+def _gram_times(weight: Tensor, columns: Tensor) -> Tensor:
+    """W^T W X: (in, k), in one pass over W."""
+    return _sum((block @ columns.to(block.dtype)).T @ block for _, block in _blocks(weight)).T
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(Tensor.add_, parts)
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -1,4 +1,4 @@
-"""The other methods of the LoRA paper's Table 4 as modules of one process, on the same frozen base as LoRA.
+"""The other methods of the LoRA paper's Tables 4 and 15 as modules of one process, on the same frozen base as LoRA.
 
 Knows no process group and no file. Each module holds its base in `base_layer`, so that the base's tensors are found in
 its files as ever, and has fp32 parameters that are cast for compute. What PEFT has of these would not do here: its
@@ -10,6 +10,7 @@ trains keys and values, not the activations that the paper's PreLayer replaces.
     prelayer   the same before every decoder layer
     adapter-h  bottlenecks after attention and after the MLP, each before the residual sum (arXiv 1902.00751)
     adapter-l  a layer norm and a bottleneck after the MLP (arXiv 2004.03829)
+    lora+preembed, lora+prelayer   LoRA's factors, begun as LoRA's own are, and the vectors
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_scale.adapters.lora import adapt
 from lora_scale.adapters.targets import features, is_linear
 from lora_scale.spec import baselines
 from lora_scale.spec.config import RunConfig
@@ -95,10 +97,12 @@ def insert(model: nn.Module, cfg: RunConfig, layers: Sequence[nn.Module]) -> Non
     kind, hidden = _config(model, "model_type"), _config(model, "hidden_size")
     if cfg.method == baselines.BITFIT:
         _shift(model)
-    elif cfg.method in (baselines.PREEMBED, baselines.PRELAYER):
+    elif cfg.has_prefix:
+        if cfg.has_factors:
+            adapt(model, cfg.lora, cfg.seed)  # before a layer's name changes
         std = getattr(model.config, "initializer_range", 0.02)
         names = {id(module): name for name, module in model.named_modules()}
-        for layer in layers[:1] if cfg.method == baselines.PREEMBED else layers:
+        for layer in layers if cfg.method.endswith(baselines.PRELAYER) else layers[:1]:
             name = names[id(layer)]
             _replace(model, name, Prefixed(layer, name, hidden, cfg.baseline.prefix_tokens, std, cfg.seed))
     else:

@@ -216,4 +216,4 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def file_name(parameter_name: str) -> str:
     """The name of a base parameter of an adapted model in the base's own files."""
-    return parameter_name.replace(_BASE, ".", 1)
+    return parameter_name.replace(_BASE, ".")  # twice in a layer that a method of `baselines` holds

@@ -108,7 +108,7 @@ def adapter_config(
     cfg = principal.widened_config(cfg)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "revision": None,
         "inference_mode": True,

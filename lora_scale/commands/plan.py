@@ -177,7 +177,7 @@ def _about(row: dict[str, Any], model: Architecture, source: str, cfg: RunConfig
     if model.experts:
         lines[0] += f"; {count['computing'] / 1e9:.1f}B meet a token"
     lines.append(f"trains  {trainable:,} parameters ({trainable / count['total']:.3%})")
-    if cfg.method == "lora":
+    if cfg.has_factors:
         lines[1] += f": r={cfg.lora.r} on {', '.join(cfg.lora.target_modules)}"
         if (sentence := targets.fused(model, cfg.lora)) is not None:
             lines.append(f"        {sentence}")

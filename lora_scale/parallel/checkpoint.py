@@ -133,7 +133,9 @@ def check_resumable(saved: State, now: State, path: Path) -> None:
     for section in ("method", "seed", "global_batch_size", "lora", "baseline", "data"):
         before, after = getattr(saved, section), getattr(now, section)
         key = "train.global_batch_size" if section == "global_batch_size" else section
-        if (section == "lora" and now.method != "lora") or (section == "baseline" and now.method not in METHODS):
+        if section == "lora" and not now.method.startswith("lora"):
+            continue
+        if section == "baseline" and now.method not in METHODS:
             continue
         changed += differences({key: before}, {key: after})
     if changed:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lora_scale.parallel import classes
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.waiting import first_rank_works
 from lora_scale.parallel.world import on_every_rank
@@ -54,6 +55,9 @@ def read_data(cfg: RunConfig, folder: ModelFolder, grid: Grid, screen: Console |
     place, _ = first_rank_works(lambda: prepared.open_or_build(cfg, folder.path, vocab_size, tell))
     found = on_every_rank(lambda: prepared.load(cfg, place))
     blocks, validation = found.train, found.validation
+    if classes.in_folder(folder.config):
+        for part in (*blocks.parts, *(validation.parts if validation else ())):
+            classes.check_documents(part.documents, folder)
     train = cfg.train
     plan = StepPlan(
         blocks,

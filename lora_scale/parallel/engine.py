@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.adapters.dropout import DropoutContext
-from lora_scale.parallel import gradients, masters, tensor_parallel, vocabulary, zero3
+from lora_scale.parallel import classes, gradients, masters, tensor_parallel, vocabulary, zero3
 from lora_scale.parallel.clock import PhaseClock, exposed
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.vocabulary import IGNORED
@@ -246,6 +246,8 @@ class Engine:
         )
         if self.dropout is not None:
             self.dropout.set(number, _to(batch.sample_ids, self.world.device), positions)
+        if classes.in_model(self.module):
+            return classes.loss_sum(self.ds, ids, labels)
         kept = positions_with_target(batch.labels)
         options: dict[str, Any] = {}
         if kept is not None and self._can_leave_out:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_scale.adapters.lora import file_name
-from lora_scale.parallel import reading
+from lora_scale.parallel import classes, reading
 from lora_scale.parallel.flat import FlatBase
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.reading import Wanted
@@ -46,7 +46,8 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
     config.use_cache = False
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
+            auto = "SequenceClassification" if classes.in_folder(folder.config) else "CausalLM"
+            model = getattr(transformers, f"AutoModelFor{auto}").from_config(
                 config,
                 dtype=dtype_of(cfg),
                 attn_implementation=cfg.model.attention,
@@ -73,7 +74,9 @@ def read_config(folder: ModelFolder, cfg: RunConfig) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=cfg.model.trust_remote_code)
     except Exception as error:  # transformers and what checks its classes raise many kinds
         raise ModelError(f"{path} is refused by transformers: {_first(error)}; download it again") from error
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not cfg.model.trust_remote_code:
+    if classes.in_folder(folder.config):
+        classes.check_config(cfg, str(model_type))
+    elif type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not cfg.model.trust_remote_code:
         raise ModelError(f"{path} has model_type {model_type!r}, which is no causal language model")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what is read here is dequantised on the way

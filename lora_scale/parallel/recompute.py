@@ -8,8 +8,13 @@ from lora_scale.spec.errors import ConfigError, ModelError
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's decoder layers, in order: the modules of the classes that transformers never splits over devices."""
+    """The model's layers, in order: the modules of the classes that transformers never splits over devices; where an
+    encoder names none, those that can be recomputed."""
     names = set(getattr(model, "_no_split_modules", None) or ())
+    if not names:
+        names = {
+            type(m).__name__ for m in model.modules() if type(m).__mro__[1].__name__ == "GradientCheckpointingLayer"
+        }
     layers = [m for m in model.modules() if type(m).__name__ in names and hasattr(m, "gradient_checkpointing")]
     if not layers:
         raise ModelError(f"{type(model).__name__}: no decoder layers found; this model type is not supported")

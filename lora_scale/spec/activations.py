@@ -91,7 +91,7 @@ def layers(model: Architecture, cfg: RunConfig) -> list[Layer]:
         if layer := layer_of(p.name):
             found.setdefault(layer, []).append(p)
     row = FAMILIES.get("gpt2" if model.model_type == "gpt3" else model.model_type, FAMILIES["llama"])
-    adapted = adapter_ranks(model, cfg.lora) if cfg.method == "lora" else {}
+    adapted = adapter_ranks(model, cfg.lora) if cfg.has_factors else {}
     return [_layer(model, row, parameters, adapted) for parameters in found.values()]
 
 

@@ -1,4 +1,4 @@
-"""The other methods of the LoRA paper's Table 4: where each puts what it trains, and how much that is. No torch.
+"""The other methods of the LoRA paper's Tables 4 and 15: where each puts what it trains, how much that is. No torch.
 
 Shapes here are held to the modules of `adapters.baselines` by a test; `plan` counts with them.
 """
@@ -10,15 +10,17 @@ from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import has_suffix
+from lora_scale.spec.targets import ranks as adapter_ranks
 from lora_scale.spec.targets import roles_of
 
 BITFIT, PREEMBED, PRELAYER, ADAPTER_H, ADAPTER_L = "bitfit", "preembed", "prelayer", "adapter-h", "adapter-l"
-METHODS = (BITFIT, PREEMBED, PRELAYER, ADAPTER_H, ADAPTER_L)
+LORA_PREEMBED, LORA_PRELAYER = "lora+preembed", "lora+prelayer"
+METHODS = (BITFIT, PREEMBED, PRELAYER, ADAPTER_H, ADAPTER_L, LORA_PREEMBED, LORA_PRELAYER)
 
 
 def prefix_tokens(cfg: RunConfig) -> int:
     """Positions that stand before each document, with trained vectors in them."""
-    return cfg.baseline.prefix_tokens if cfg.method in (PREEMBED, PRELAYER) else 0
+    return cfg.baseline.prefix_tokens if cfg.has_prefix else 0
 
 
 def shapes(model: Architecture, cfg: RunConfig) -> Iterator[tuple[int, ...]]:
@@ -30,10 +32,10 @@ def shapes(model: Architecture, cfg: RunConfig) -> Iterator[tuple[int, ...]]:
             modules = {p.module for p in linears}
             yield from ((p.features[1],) for p in linears)
             yield from (p.shape for p in model.parameters if p.name.endswith(".bias") and p.module not in modules)
-        case "preembed":
-            yield (cfg.baseline.prefix_tokens, hidden)
-        case "prelayer":
-            yield from [(cfg.baseline.prefix_tokens, hidden)] * model.layers
+        case "preembed" | "prelayer" | "lora+preembed" | "lora+prelayer":
+            yield from [(cfg.baseline.prefix_tokens, hidden)] * (model.layers if cfg.method.endswith(PRELAYER) else 1)
+            if cfg.has_factors:
+                yield from _factors(model, cfg)
         case "adapter-h" | "adapter-l":
             ends = sites(model.model_type, cfg.method)
             names = [p.module for p in model.parameters if p.is_linear]
@@ -43,6 +45,13 @@ def shapes(model: Architecture, cfg: RunConfig) -> Iterator[tuple[int, ...]]:
                 yield from [(hidden,)] * (2 if cfg.method == ADAPTER_L else 0)
         case _:
             raise AssertionError(cfg.method)
+
+
+def _factors(model: Architecture, cfg: RunConfig) -> Iterator[tuple[int, ...]]:
+    linears = {p.module: p for p in model.parameters if p.is_linear}
+    for module, r in adapter_ranks(model, cfg.lora).items():
+        d_in, d_out = linears[module].features
+        yield from [(r, d_in), (d_out, r)]
 
 
 def numel(model: Architecture, cfg: RunConfig) -> int:

@@ -234,10 +234,12 @@ class RunConfig(Section):
     data: DataConfig
     run_dir: PathValue
     """Folder of this run: metrics, logs, checkpoints. `resume` reads it."""
-    method: Literal["lora", "full", "bitfit", "preembed", "prelayer", "adapter-h", "adapter-l"] = "lora"
+    method: Literal[
+        "lora", "full", "bitfit", "preembed", "prelayer", "adapter-h", "adapter-l", "lora+preembed", "lora+prelayer"
+    ] = "lora"
     """Train an adapter on a frozen base, or every weight of the base (full fine-tuning). The others are there to be
     compared with, as in the LoRA paper: biases; vectors before each document, at the input or at every layer;
-    bottlenecks after attention and MLP (Houlsby), or after the MLP (Lin)."""
+    bottlenecks after attention and MLP (Houlsby), or after the MLP (Lin); factors and vectors together."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the base and of the arithmetic. Adapter weights and optimizer state are fp32 in both."""
     recompute: Literal["all", "none", "auto"] | NonNegative = "all"
@@ -271,6 +273,16 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     engine: EngineConfig = EngineConfig()
     track: TrackConfig = TrackConfig()
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether LoRA's factors train, alone or beside vectors."""
+        return self.method.startswith("lora")
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether vectors train in the place of a document's first positions."""
+        return self.method.endswith(("preembed", "prelayer"))
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -25,7 +25,7 @@ def _check_run(cfg: "RunConfig") -> None:
         raise ValueError(f"train.loraplus_lr_ratio is {cfg.train.loraplus_lr_ratio}, but method is {cfg.method}")
     if isinstance(cfg.data.validation, float) and not 0.0 < cfg.data.validation < 1.0:
         raise ValueError(f"data.validation is {cfg.data.validation}; a fraction lies between 0 and 1")
-    if cfg.method in ("preembed", "prelayer") and cfg.baseline.prefix_tokens > cfg.data.seq_len - 2:
+    if cfg.has_prefix and cfg.baseline.prefix_tokens > cfg.data.seq_len - 2:
         raise ValueError(
             f"baseline.prefix_tokens is {cfg.baseline.prefix_tokens}; data.seq_len = {cfg.data.seq_len} must "
             "leave room for at least two tokens"
@@ -52,12 +52,19 @@ def _check_generate(cfg: "RunConfig") -> None:
             "eval.generate is set and parallel.sequence_parallel is true: one new token cannot be shared by the ranks; "
             "leave one out"
         )
-    if cfg.method in ("preembed", "prelayer"):
+    if cfg.has_prefix:
         raise ValueError(f"eval.generate is set and method is {cfg.method}, whose prompts are not built; leave one out")
 
 
 def _check_lora(cfg: "RunConfig") -> None:
     lora = cfg.lora
+    if cfg.has_factors and cfg.method != "lora":
+        for key in ("dropout", "bias", "modules_to_save", "use_dora", "pissa"):
+            if getattr(lora, key) not in (0.0, "none", (), False, None):
+                raise ValueError(
+                    f"lora.{key} is {getattr(lora, key)} and method is {cfg.method}, which trains plain factors beside "
+                    "its vectors; leave one out"
+                )
     if lora.pissa is not None and cfg.init_adapter is not None:
         raise ValueError(
             f"lora.pissa is {lora.pissa} and init_adapter is {cfg.init_adapter}: both say where to start; leave one out"

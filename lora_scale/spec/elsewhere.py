@@ -54,7 +54,7 @@ TABLE = (
     row("lora.use_rslora", peft="use_rslora", axolotl="peft_use_rslora", factory="use_rslora", hf="use_rslora"),
     row("lora.init_A", peft="init_lora_weights", axolotl="peft_init_lora_weights"),
     row("lora.pissa", "full, or a number of iterations", factory="pissa_init pissa_iter pissa_convert"),
-    row("", "there is nothing else: causal language models only", peft="task_type peft_type inference_mode",
+    row("", "the folder says it: a causal model, or a classifier", peft="task_type peft_type inference_mode",
         hf="lora_task_type"),
     row("lora.bias", "none, lora_only or all", peft="bias"),
     row("", "the factors have no biases of their own", hf="lora_bias"),

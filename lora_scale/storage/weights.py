@@ -188,12 +188,10 @@ def write_safetensors(
     durable.write_file(path, _file_chunks(path, specs, tensors, metadata))
 
 
-def _file_chunks(
-    path: Path,
-    specs: Sequence[tuple[str, str, tuple[int, ...]]],
-    tensors: Iterable[bytes | bytearray | memoryview],
-    metadata: Mapping[str, str] | None,
-) -> Iterator[bytes | memoryview]:
+def header_bytes(
+    path: Path, specs: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What a file begins with; the tensors follow it in this order, without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in specs:
@@ -203,7 +201,16 @@ def _file_chunks(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # as the library pads: the data begins at a multiple of 8
-    yield len(raw).to_bytes(8, "little") + raw
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _file_chunks(
+    path: Path,
+    specs: Sequence[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[bytes | bytearray | memoryview],
+    metadata: Mapping[str, str] | None,
+) -> Iterator[bytes | memoryview]:
+    yield header_bytes(path, specs, metadata)
     for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
         view = _as_bytes(tensor)
         assert len(view) == prod(shape) * ITEMSIZES[dtype], f"{path}: {name!r}, {dtype} {shape}, got {len(view)} bytes"
