@@ -230,9 +230,9 @@ def bias_on_every_rank() -> Iterator[None]:
 def clipped_before_the_sum() -> Iterator[None]:
     original = gradients.finish
 
-    def finish(ds: Any, parts: Any, shared: Any, grid: Any, limit: float) -> Tensor:
-        norm = original(ds, parts, {}, grid, limit)
-        original(ds, parts, shared, grid, 0.0)
+    def finish(ds: Any, parts: Any, shared: Any, alike: Any, grid: Any, limit: float) -> Tensor:
+        norm = original(ds, parts, {}, frozenset(), grid, limit)
+        original(ds, parts, shared, alike, grid, 0.0)
         return norm
 
     with mock.patch.object(gradients, "finish", finish):
