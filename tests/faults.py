@@ -207,6 +207,7 @@ def power_off(hosts: Cluster, job: Job, folder: Path) -> None:
 
 
 def disk_full(hosts: Cluster, job: Job, folder: Path) -> None:
+    job.wait_step(job.step() // 8 * 8 + 9)  # a checkpoint is written and older ones are gone
     hosts[0].run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", job.run_dir / "checkpoints"], check=True)
 
 
@@ -229,7 +230,7 @@ DURING: dict[str, tuple[Fault, str]] = {  # in a run: how, and what the error mu
     "exception": (raise_exception, r"rank 1 on node-b, step \d+: .*KeyError"),
     "link down": (link_down, r"node-b \(rank 1\), step \d+: does not answer"),
     "power off": (power_off, r"node-b \(rank 1\), step \d+: does not answer"),
-    "disk full": (disk_full, r"step-\d+ was not written: .*(No space left|No such file)"),  # if put in amid a write
+    "disk full": (disk_full, r"No space left|No such file.*checkpoints"),  # the latter: put in amid a write after all
     "SIGSTOP of a rank": (stop_rank, r"rank 1 on node-b, step \d+: is stopped"),
 }
 

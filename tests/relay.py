@@ -5,6 +5,7 @@
 Also `offload NAME`: let no interface leave checksums and large frames to hardware that a relay is not.
 """
 
+import contextlib
 import fcntl
 import heapq
 import select
@@ -29,7 +30,7 @@ def offload(name: str) -> None:
 
 
 def relay(one: str, other: str, seconds: float) -> None:
-    """For ever."""
+    """Until one of them is down."""
     ends = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ALL)) for _ in range(2)]
     for end, name in zip(ends, (one, other), strict=True):
         end.bind((name, ALL))
@@ -52,4 +53,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "offload":
         offload(sys.argv[2])
     else:
-        relay(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+        with contextlib.suppress(OSError):
+            relay(sys.argv[1], sys.argv[2], float(sys.argv[3]))

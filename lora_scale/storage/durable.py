@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def remove_directory(path: Path) -> None:
     partial = partial_name(path)
     os.rename(path, partial)
     sync(path.parent)
-    shutil.rmtree(partial)
+    with suppress(FileNotFoundError):  # somebody clears leftovers away
+        shutil.rmtree(partial)
 
 
 def remove_leftovers(parent: Path) -> list[Path]:
