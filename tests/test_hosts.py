@@ -137,7 +137,8 @@ def test_slurm_queues_a_signalled_job_again(hosts: Cluster, folder: Path, alone:
     script = [ROOT / "launch/slurm.sbatch", "run.yaml", "run_dir=requeued", LONGER]
     number = hosts[0].run([*sbatch, *script], cwd=folder, env=env, check=True).stdout.split()[-1]
     screen = folder / "requeued.txt"
-    wait_for(lambda: (folder / "requeued" / "metrics.jsonl").is_file(), "a first step", 120)
+    metrics = folder / "requeued" / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and len(read_metrics(metrics.parent)) > 3, "some steps", 120)
     hosts[0].run(["scancel", "--signal=USR1", number], env=env, check=True)
     wait_for(lambda: "checkpoint saved" in screen.read_text(), "a checkpoint", 60)
     wait_for(lambda: (folder / "requeued" / FINISHED).is_file(), "Slurm's second start", 400)
