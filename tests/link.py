@@ -27,6 +27,7 @@ from lora_scale.storage.runlog import read_manifest  # noqa: E402
 
 FROM, TO = 5, 45  # steps between which is counted
 HIDDEN, LAYERS, R = 256, 4, 64
+FEED_FORWARD = {1: 640, 2: 1640}  # features of it, for a base that is so many times as large
 CONFIG = f"""\
 model: {{path: model}}
 data: {{train: rows.jsonl, seq_len: 48}}
@@ -63,10 +64,7 @@ def run(place: Path, sharding: str, larger: int) -> Row:
     """Train on fresh hosts and count."""
     folder = place / f"{sharding}-{larger}"
     model = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4}
-    attention = 4 * HIDDEN**2
-    feed_forward = larger * (attention + 3 * HIDDEN * 640) - attention  # so that a layer is so much larger
-    assert feed_forward % (3 * HIDDEN) == 0
-    tiny_folder(folder / "model", **model, head_dim=HIDDEN // 4, intermediate_size=feed_forward // (3 * HIDDEN))
+    tiny_folder(folder / "model", **model, head_dim=HIDDEN // 4, intermediate_size=FEED_FORWARD[larger])
     write_rows(folder / "rows.jsonl")
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "site").mkdir()
