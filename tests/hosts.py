@@ -130,7 +130,7 @@ class Host(Local):
         self.cluster.processes.append(process)
         return process
 
-    def run(self, command: Words, timeout: float = 60.0, check: bool = False, **kw: Any) -> Done:
+    def run(self, command: Words, timeout: float = 300.0, check: bool = False, **kw: Any) -> Done:
         """Run to the end. AssertionError when it takes longer than `timeout`, or (with `check`) fails."""
         began = time.monotonic()
         process = self.start(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
@@ -273,7 +273,7 @@ def _spawn(*command: str) -> tuple[subprocess.Popen[str], int]:
     return process, int(children.read_text().split()[0])
 
 
-def wait_for(ready: Callable[[], object], what: str, seconds: float = 15.0) -> None:
+def wait_for(ready: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"

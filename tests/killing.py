@@ -70,7 +70,7 @@ class Fork:
         self.pid = wrong_inputs._fork(case, folder, self.screen, {})
         self.code: int | None = None
 
-    def kill_when(self, moment: Callable[[], bool], limit: float = 60.0) -> bool:
+    def kill_when(self, moment: Callable[[], bool], limit: float = 300.0) -> bool:
         """SIGKILL once `moment()`; False if it has ended by itself before that."""
         while not moment():
             pid, status = os.waitpid(self.pid, os.WNOHANG)

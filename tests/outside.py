@@ -65,14 +65,14 @@ class Command:
         os.close(theirs)
         self._screen = mine
 
-    def end(self, act: Act = lambda _, __: True, limit: float = 150.0) -> End:
+    def end(self, act: Act = lambda _, __: True, limit: float = 600.0) -> End:
         """Read the screen, act when it is time, wait for the end."""
         seen, acted = b"", False
         try:
             while chunk := self._read(limit):
                 seen += chunk
                 acted = acted or act(seen.decode(errors="replace"), self.process)
-            code = self.process.wait(timeout=20.0)
+            code = self.process.wait(timeout=60.0)
         except (TimeoutError, subprocess.TimeoutExpired):
             raise AssertionError(f"not over after {limit:.0f} s:\n{seen.decode(errors='replace')[-4000:]}") from None
         finally:
@@ -82,7 +82,7 @@ class Command:
         assert not left, f"processes outlived it: {left}"
         return End(code, seen.decode().replace("\r\n", "\n"), time.monotonic() - self.started)
 
-    def kill_when(self, moment: Callable[[], bool], limit: float = 150.0) -> bool:
+    def kill_when(self, moment: Callable[[], bool], limit: float = 600.0) -> bool:
         """SIGKILL to everything once `moment()`; False if it has ended by itself before that."""
         while not moment():
             if self.process.poll() is not None:

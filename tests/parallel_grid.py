@@ -126,7 +126,7 @@ def run(world: int, cases: Sequence[Case], place: Path, steps: int = STEPS) -> l
     folders = {case[0]: folder_of(case[0], place) for case in cases}
     trees = {name_of(*case): tree_of(folders[case[0]], rows, steps, *case[1:]) for case in cases}
     ranks = place / f"ranks-{time.monotonic_ns()}"
-    traces = run_ranks(world, "training:run_cases", trees, folder=ranks, timeout=len(cases) * 20 + 60)[0]
+    traces = run_ranks(world, "training:run_cases", trees, folder=ranks, timeout=len(cases) * 20 + 600)[0]
     references: dict[tuple[str, float], Trace] = {}
     found = []
     for case in cases:

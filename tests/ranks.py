@@ -37,7 +37,7 @@ class Done:
 
 
 def run_ranks(
-    size: int, function: str, *args: Any, folder: Path, timeout: float = 240.0, per_node: int | None = None
+    size: int, function: str, *args: Any, folder: Path, timeout: float = 600.0, per_node: int | None = None
 ) -> list[Any]:
     """Results of `module:function(world, *args)` on ranks 0..size-1. Arguments travel pickled, results by torch.save.
 
@@ -86,7 +86,7 @@ def warm() -> BaseContext:
     return context
 
 
-def run_script(name: str, *arguments: str, folder: Path, timeout: float = 280.0) -> Done:
+def run_script(name: str, *arguments: str, folder: Path, timeout: float = 600.0) -> Done:
     """`python tests/NAME.py ARGUMENTS` from the repository's root, without the time that its imports take. The script
     has a `main`; what it forks is forked from a process that has imported everything."""
     screens = folder / f"{name}-out.txt", folder / f"{name}-err.txt"
@@ -105,7 +105,7 @@ def _finish(process: BaseProcess, name: str, screens: tuple[Path, Path], timeout
     return Done(process.exitcode or 0, out, err)
 
 
-def run_verb(*arguments: str, folder: Path, timeout: float = 120.0) -> Done:
+def run_verb(*arguments: str, folder: Path, timeout: float = 600.0) -> Done:
     """`lora-scale ARGUMENTS` by one process in `folder`, without the time that its imports take."""
     screens = folder / f"{arguments[0]}-out.txt", folder / f"{arguments[0]}-err.txt"
     return _finish(warm().Process(target=_verb, args=(arguments, folder, *screens)), arguments[0], screens, timeout)
@@ -145,7 +145,7 @@ def _main(environment: dict[str, str], name: str, folder: Path, args: tuple[Any,
     module, _, function = name.partition(":")
     result, error = None, None
     try:
-        here = world.start(world.from_environment(), timeout_minutes=2.0)
+        here = world.start(world.from_environment(), timeout_minutes=5.0)
         result = getattr(importlib.import_module(module), function)(here, *args)
     except BaseException:
         error = traceback.format_exc()

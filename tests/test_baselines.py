@@ -76,7 +76,6 @@ def run_and_resume(here: World, cases: dict[str, dict[str, Any]], resumed: list[
 
 
 @pytest.mark.ranks
-@pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     "names",
     [
@@ -93,7 +92,7 @@ def test_training_equals_a_reference_and_survives_a_stop(names: list[str], tmp_p
     for base in ("llama", "gpt2"):
         tiny_folder(tmp_path / base, base)
     cases = {name: tree for name, tree in trees(tmp_path).items() if name in names}
-    found = run_ranks(2, "test_baselines:run_and_resume", cases, RESUMED, folder=tmp_path / "ranks", timeout=450)[0]
+    found = run_ranks(2, "test_baselines:run_and_resume", cases, RESUMED, folder=tmp_path / "ranks")[0]
     for name, (trace, last, again) in found.items():
         assert_equal(trace, reference(cases[name]))
         if again is not None:

@@ -18,7 +18,7 @@ LATE = "import time\nnow = time.time\ntime.time = lambda: now() - 3600\n"
 
 def ask(hosts: Cluster, folder: Path, **env: str) -> tuple[int, str]:
     paths = f"{CLEAN['PYTHONPATH']}:{folder / 'site'}"
-    done = hosts[0].run(ASK, cwd=folder, env={**CLEAN, "PYTHONPATH": paths, **env}, timeout=150)
+    done = hosts[0].run(ASK, cwd=folder, env={**CLEAN, "PYTHONPATH": paths, **env}, timeout=600)
     return done.returncode, done.stdout
 
 

@@ -4,8 +4,6 @@ import copy
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -19,6 +17,7 @@ import pytest
 import run_grid
 import score_run
 import torch
+from ranks import run_script, run_verb
 from ruamel.yaml import YAML
 from test_baselines import run_config
 from tiny import tiny_folder
@@ -32,7 +31,6 @@ from lora_scale.spec.shapes import architecture
 from lora_scale.storage.runlog import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
-HERE = REPOSITORY / "experiments"
 
 TRIPLE = {"subject": "Aarhus_Airport", "property": "cityServed", "object": '"Aarhus, Denmark"'}
 LEX = [{"lex": "It serves Aarhus.", "comment": "good"}, {"lex": "A.", "comment": "bad"}]
@@ -332,13 +330,11 @@ def test_a_worker_gives_the_losses_of_a_process_of_their_own(tmp_path: Path, her
         tree["save"]["last"] = True
         with (run / "alone.yaml").open("w") as file:
             YAML().dump(tree, file)
-        train = ["-m", "lora_scale", "train", str(run / "alone.yaml"), "--ranks", "1", "-q"]
-        subprocess.run([sys.executable, *train], check=True)
+        assert run_verb("train", str(run / "alone.yaml"), "--ranks", "1", "-q", folder=run).returncode == 0
         (first,), (second,) = ([read_losses(r)] for r in (run, out / "runs" / run_grid.file_name(name)))
         assert first == second, "the same losses to the bit"
-        task = ["--task", json.dumps(grid["tasks"]["toy"]), "--device", "cpu"]
-        score = [str(HERE / "score_run.py"), "--run", str(run), *task, "--out", str(run / "score.json")]
-        subprocess.run([sys.executable, *score], check=True)
+        task = ["--task", json.dumps(grid["tasks"]["toy"]), "--device", "cpu", "--out", str(run / "score.json")]
+        assert run_script("score_run", "--run", str(run), *task, folder=run).returncode == 0
         alone = json.loads((run / "score.json").read_text())
         for key in ("val_loss", "trainable", "accuracy", "test_nll"):
             assert alone[key] == pytest.approx(records[name][key], rel=1e-6), key

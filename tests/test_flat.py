@@ -94,7 +94,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
-@pytest.mark.timeout(300)
 def test_units_are_what_the_files_say_and_are_gathered_once_a_pass(rows: Path, tmp_path: Path) -> None:
     trees, counts = {}, {}
     for model_type, changes, wanted in FORMS:
@@ -107,7 +106,6 @@ def test_units_are_what_the_files_say_and_are_gathered_once_a_pass(rows: Path, t
         assert found == {name: {"wrong": [], "missed": [], "counts": counts[name], "whole": 0} for name in trees}
 
 
-@pytest.mark.timeout(300)
 def test_saved_views_of_weights_are_found_again(rows: Path, tmp_path: Path) -> None:
     """Without recompute the buffers have held other units between forward and backward."""
     trees = {}
@@ -120,7 +118,6 @@ def test_saved_views_of_weights_are_found_again(rows: Path, tmp_path: Path) -> N
         assert_equal(trace, reference(trees[name], steps=4))
 
 
-@pytest.mark.timeout(300)
 def test_one_sided_reads_give_the_same(rows: Path, tmp_path: Path) -> None:
     """Three ranks, so that a weight can lie in one piece, in two or in all."""
     folder = tiny_folder(tmp_path / "model", dtype=torch.float32, num_hidden_layers=4)

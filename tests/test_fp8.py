@@ -99,7 +99,6 @@ def parts_and_losses(here: World, trees: dict[str, dict[str, Any]]) -> dict[str,
 
 
 @pytest.mark.ranks
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("ranks", "stage", "tp"),
     [pytest.param(1, 3, 1, marks=pytest.mark.long), (2, 3, 1), (2, 0, 2)],

@@ -279,7 +279,6 @@ def _broken_base(folder: Path, source: Path) -> Path:
 
 
 @pytest.mark.ranks
-@pytest.mark.timeout(200)
 def test_two_ranks_under_zero_3_are_stopped(tmp_path: Path) -> None:
     model, rows = tiny_folder(tmp_path / "model", dtype=torch.float32), tmp_path / "rows.jsonl"
     write_rows(rows, count=9, vocab=UNLUCKY)

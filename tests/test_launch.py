@@ -238,7 +238,7 @@ with Pulse(1, Console(1), Path(sys.argv[1]) / "rank-001.txt", 1.0) as pulse:
     with pulse.step(2):
         time.sleep(0.1)
     with pulse.step(3):
-        time.sleep(60)
+        time.sleep(600)
 """
 
 
@@ -250,8 +250,8 @@ def test_a_step_that_hangs_ends_with_stacks(tmp_path: Path, supervised: bool) ->
         **({pulse.EVERY: "0.5"} if supervised else {}),
     }
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANGS, tmp_path], capture_output=True, text=True, env=env, timeout=50)
-    assert done.returncode == 1 and time.monotonic() - began < 30
+    done = subprocess.run([sys.executable, "-c", HANGS, tmp_path], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 1 and time.monotonic() - began < 200
     assert "sleep" not in (tmp_path / "stacks-rank-001.txt").read_text().splitlines()[0]
     assert 'File "<string>", line 12' in (tmp_path / "stacks-rank-001.txt").read_text()
     if supervised:

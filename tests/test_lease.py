@@ -78,7 +78,7 @@ def test_a_run_that_was_taken_for_dead_ends_without_a_word_into_the_folder(
 ) -> None:
     other = other_host(monkeypatch, tmp_path, beats=True)
     (tmp_path / LEASE).write_text("process 1 on node-c 7")
-    assert other.wait(timeout=10) == 1
+    assert other.wait(timeout=60) == 1
     end(other)
     assert (tmp_path / LEASE).read_text() == "process 1 on node-c 7"
 

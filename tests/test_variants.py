@@ -76,7 +76,7 @@ def test_lora_plus(tmp_path: Path) -> None:
     }
     cfg = RunConfig.model_validate(trees["stage 3"])
     theirs, plain = peft_steps(cfg, 8.0), peft_steps(cfg, 1.0)
-    for name, trace in run_ranks(2, "training:run_cases", trees, folder=tmp_path / "ranks", timeout=280)[0].items():
+    for name, trace in run_ranks(2, "training:run_cases", trees, folder=tmp_path / "ranks")[0].items():
         assert trace.values.keys() == theirs.keys()
         for factor, wanted in theirs.items():
             error = (trace.values[factor] - wanted).norm() / wanted.norm()
@@ -150,7 +150,7 @@ def check(ranks: int, groups: dict[str, Group], place: Path) -> dict[tuple[str, 
     # tensor parallel runs last: a process in which DeepSpeed has once seen an mpu takes no engine without one
     trees = dict(sorted(trees.items(), key=lambda item: item[1].get("parallel", {}).get("tensor_parallel_size", 1)))
     runs = run_ranks(
-        ranks, "variant_cases:begin_save_go_on", trees, SAVED, folder=place / "ranks", timeout=60 + 30 * len(trees)
+        ranks, "variant_cases:begin_save_go_on", trees, SAVED, folder=place / "ranks", timeout=600 + 30 * len(trees)
     )[0]
     for group, (found, more) in groups.items():
         check_group(group, found, more, {name: runs[group, name] for name in found}, place)
@@ -252,7 +252,7 @@ def test_every_variant_on_every_layout(ranks: int, tmp_path: Path) -> None:
     runs = check(ranks, groups, tmp_path)
     if ranks == 2:  # what tensor parallelism saved, in one process
         back = {case: (groups[case][0]["ZeRO-3"], runs[case, "sequence parallel"].middle) for case in PARTS}
-        found = run_ranks(1, "variant_cases:all_go_on", back, SAVED, folder=tmp_path / "alone", timeout=280)[0]
+        found = run_ranks(1, "variant_cases:all_go_on", back, SAVED, folder=tmp_path / "alone")[0]
         assert all(same_rest(trace, runs[case, "ZeRO-3"].trace) for case, trace in found.items())
 
 
