@@ -1,7 +1,7 @@
 """Peer baseline: PyTorch FSDP2 (fully_shard per decoder layer) + PEFT LoRA; prints one JSON line on rank 0.
 
 Of what came, this was changed: weights are read from the checkpoint, each rank its rows, so that losses can be compared;
---rows, so that both sides train on the same tokens; --ckpt-layers; the loss of all ranks; the seconds of every step; CPU.
+--rows, so that both sides train on the same tokens; --ckpt-layers; --lr; the loss of all ranks; the seconds of every step; CPU.
 """
 import argparse, json, os, time
 import torch
@@ -38,6 +38,7 @@ def main():
     p.add_argument("--rank", type=int, default=8); p.add_argument("--targets", default="q_proj,v_proj")
     p.add_argument("--ckpt", type=int, default=1); p.add_argument("--compile", type=int, default=0)
     p.add_argument("--tag", default=""); p.add_argument("--liger", type=int, default=0)
+    p.add_argument("--lr", type=float, default=1e-4)
     p.add_argument("--rows", default="", help="JSONL of {input_ids}, taken in order; without: random ids")
     p.add_argument("--ckpt-layers", type=int, default=None, help="recompute only the first so many layers")
     a = p.parse_args()
@@ -78,7 +79,7 @@ def main():
     load(model, a.model, rank, world)
     base.model.rotary_emb = type(base.model.rotary_emb)(cfg).to(dev)  # a buffer: to_empty made it nothing
     init_s = time.time() - t0
-    opt = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], lr=1e-4)
+    opt = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], lr=a.lr)
     if dev == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rows = [json.loads(line)["input_ids"] for line in open(a.rows)] if a.rows else None

@@ -45,6 +45,7 @@ PLAIN = "kernels=none"  # transformers' own modules
 DEEPSPEED = "parallel.base_engine=deepspeed"  # gathers the base too
 DOCUMENTED = "--ckpt=1"  # the defaults of the script: what the documentation of PEFT and DeepSpeed says
 LEAF = ("--liger=1", "--leaf=1", "--prefetch=1.2e9")  # a decoder layer of this shape is 1.11e9 elements
+STILL, STILL_PEER = "train.lr=1e-12", "--lr=1e-12"  # nothing is learned: losses of the checkpoint's own weights
 LEAST = "the least recompute that should fit"  # by arithmetic, not tried yet
 
 
@@ -115,6 +116,11 @@ CASES: dict[str, Case] = {
     "100b-fsdp2-liger": _on_100b("--ckpt=1", "--liger=1", peer="peft_fsdp2", note="Liger"),
     "100b-peft-zero3-liger-78": _on_100b("--ckpt=1", "--ckpt-layers=78", *LEAF, peer="peft_zero3", note=LEAST),
     "100b-fsdp2-liger-66": _on_100b("--ckpt=1", "--ckpt-layers=66", "--liger=1", peer="peft_fsdp2", note=LEAST),
+    # losses beside those in fp32: scripts/fp32_losses.py
+    "100b-tp2-still": _on_100b(*TP2, AUTO, STILL, note="learns nothing"),
+    "100b-zero3-still": _on_100b(*ZERO3, AUTO, STILL, note="learns nothing"),
+    "100b-peft-zero3-still": _on_100b(DOCUMENTED, STILL_PEER, peer="peft_zero3", note="learns nothing"),
+    "100b-fsdp2-liger-still": _on_100b("--ckpt=1", "--liger=1", STILL_PEER, peer="peft_fsdp2", note="learns nothing"),
 }
 
 
