@@ -6,14 +6,14 @@ A covering part of the grid in `parallel_grid.py`; all of it is a command with a
 from pathlib import Path
 
 import pytest
-from parallel_grid import LONG, MODELS, cases_of, covering, run, unequal
+from parallel_grid import EPOCH, LONG, MODELS, cases_of, covering, run, unequal
 
 pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
-    assert not unequal(run(world, covering(world), tmp_path))
+    assert not unequal(run(world, covering(world), tmp_path, EPOCH))
 
 
 @pytest.mark.long
