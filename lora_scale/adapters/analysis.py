@@ -180,6 +180,13 @@ def leading(weight: Tensor, count: int, generator: torch.Generator) -> Leading:
     return Leading(found.left * signs, found.values, found.right * signs, found.error)
 
 
+def workspace(shape: tuple[int, int], count: int) -> int:
+    """Bytes that `leading` takes at most beside an fp32 weight of that shape: a few copies of what it works with."""
+    if (smaller := min(shape)) <= EXACT_DIM:
+        return 8 * (6 * smaller**2 + 4 * sum(shape) * count) + 8 * BLOCK
+    return 4 * 4 * sum(shape) * (count + OVERSAMPLE) * ROUNDS + 8 * BLOCK
+
+
 def _lengths(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of length 1, and how long they were."""
     values = columns.norm(dim=0)

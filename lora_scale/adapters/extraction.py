@@ -25,7 +25,6 @@ from lora_scale.spec.layout import ByteRange, TensorEntry
 from lora_scale.storage.weights import Reader
 
 PIECE = 1 << 22  # elements of both models read at once
-WORKSPACE = 1.5  # fp32 copies of a layer's weight that finding its update takes, at most
 _TORCH_DTYPES = dict(DTYPES.values())
 
 Found = TypeVar("Found")
@@ -73,6 +72,13 @@ class Extracted:
     def kept(self) -> float:
         """How much of it the adapter has."""
         return sum(layer.kept for layer in self.layers.values()) + sum(part.squared for part in self.saved.values())
+
+
+def bytes_needed(plan: Plan, r: int) -> int:
+    """Of memory for each thread, at most: one difference and what finding its update takes, or pieces of both."""
+    layers = ((plan.features(module), pair.base.numel) for module, pair in plan.layers.items())
+    pieces = 5 * 4 * min(PIECE, max(pair.base.numel for pair in plan.pairs))
+    return max(4 * numel + max(pieces, analysis.workspace(shape, r)) for shape, numel in layers)
 
 
 def extract(

@@ -37,14 +37,12 @@ class Plan:
     others: Sequence[tuple[str, Pair]]  # the name in files: only measured
 
     @property
-    def numel(self) -> int:
-        pairs = (*self.layers.values(), *self.saved.values(), *(pair for _, pair in self.others))
-        return sum(pair.base.numel for pair in pairs)
+    def pairs(self) -> Sequence[Pair]:
+        return (*self.layers.values(), *self.saved.values(), *(pair for _, pair in self.others))
 
     @property
-    def largest(self) -> int:
-        """Elements of the largest adapted weight."""
-        return max(pair.base.numel for pair in self.layers.values())
+    def numel(self) -> int:
+        return sum(pair.base.numel for pair in self.pairs)
 
     def features(self, module: str) -> tuple[int, int]:
         """(in, out)"""

@@ -23,7 +23,7 @@ from lora_scale.adapters.peft_config import CONFIG_FILE as CONFIG_FILE
 from lora_scale.adapters.peft_config import PATTERNS, TOKENS
 from lora_scale.adapters.targets import by_pattern, exact_suffixes, pattern_matches
 from lora_scale.spec.config import LoraConfig
-from lora_scale.spec.errors import CheckpointError, ModelError
+from lora_scale.spec.errors import CheckpointError, ModelError, UsageError
 from lora_scale.spec.families import has_suffix
 from lora_scale.spec.layout import ByteRange
 from lora_scale.storage.durable import write_file
@@ -246,6 +246,13 @@ def _check_pairs(path: Path, config: Mapping[str, Any], factors: Mapping[str, Te
             raise CheckpointError(
                 f"{path}: {key(name)} has shape {tuple(factor.shape)}, but {CONFIG_FILE} gives {module} r = {r}"
             )
+
+
+def checked_name(base_name: str | None) -> str | None:
+    """What the user wants the base to be called in files."""
+    if base_name is not None and (base_name.startswith(("/", ".", "~")) or Path(base_name).exists()):
+        raise UsageError(f"--base-name is {base_name}, a place on this machine; give a name, as org/model on the hub")
+    return base_name
 
 
 def public_name(path: str) -> str:

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import click
 from torch import Tensor, nn
 
 from lora_scale.adapters import extraction, pairing, peft
 from lora_scale.adapters.analysis import EXACT_DIM
-from lora_scale.adapters.extraction import WORKSPACE, Extracted
+from lora_scale.adapters.extraction import Extracted
 from lora_scale.adapters.lora import LoRALinear
 from lora_scale.adapters.pairing import Plan
 from lora_scale.adapters.survey import split_name
@@ -33,6 +33,7 @@ from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
 from lora_scale.storage.staging import disk_errors
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Found = TypeVar("Found")
 KEPT, LEFT = "Kept of the difference (squared norm)", "Differs, and is not in the adapter"
 
 
@@ -84,7 +85,7 @@ def command(
         if folders[0].path.samefile(folders[1].path):
             raise UsageError(f"TUNED and --base are the same folder, {folders[0].path}; give the model before tuning")
         source.refuse_used(out)
-        name = base_name or peft.public_name(base)
+        name = peft.checked_name(base_name) or peft.public_name(base)
         cfg = LoraConfig(
             r=r, lora_alpha=float(r), target_modules=_list(targets), modules_to_save=_list(modules_to_save)
         )
@@ -95,7 +96,7 @@ def command(
         def show(done: int, total: int) -> None:
             screen.live(lambda: f"extracting {bar(done, total)} {done / 1e9:.2f} of {total / 1e9:.2f} billion weights")
 
-        found = extraction.extract(plan, r, energy, threads or _threads(plan), show)
+        found = extraction.extract(plan, r, energy, threads or _threads(plan, r), show)
         if not found.layers:
             raise ModelError(
                 f"{folders[1].path} and --base {folders[0].path} are equal in all {len(found.unchanged)} layers of "
@@ -145,13 +146,13 @@ def _refuse_full_disk(plan: Plan, r: int, dtype: Dtype, out: Path) -> None:
         )
 
 
-def _threads(plan: Plan) -> int:
+def _threads(plan: Plan, r: int) -> int:
     """As many as there is memory for."""
-    needed, free = WORKSPACE * plan.largest * 4, verify.bytes_free()
+    needed, free = extraction.bytes_needed(plan, r), verify.bytes_free()
     if needed > free:
         raise DoesNotFitError(
-            f"the largest layer takes {size(needed)} of memory, {size(free)} are free; take another machine, or try "
-            "--threads 1"
+            f"the largest layer takes up to {size(needed)} of memory, {size(free)} are free; take another machine, or "
+            "try --threads 1"
         )
     return max(1, min(8, os.cpu_count() or 1, int(free / needed)))
 
@@ -176,22 +177,22 @@ def _config(model: nn.Module, found: Extracted, cfg: LoraConfig, name: str, base
 
 def _report(found: Extracted, energy: float | None) -> dict[str, list[tuple[str, str]]]:
     """Tables by heading: what is kept, and what is not in the adapter."""
-    by_kind: dict[str, list[extraction.Layer]] = defaultdict(list)
-    for module, layer in found.layers.items():
-        by_kind[split_name(module)[0]].append(layer)
     kept = []
-    for kind, layers in by_kind.items():
+    for kind, layers in _by_kind(found.layers).items():
         shares, ranks = [layer.kept / layer.squared for layer in layers], [layer.rank for layer in layers]
-        rank = f", r {min(ranks)} to {max(ranks)}" if energy is not None else ""
-        kept.append(
-            (f"{kind} x{len(layers)}", f"{_share(min(shares))} at least, median {_share(median(shares))}{rank}")
-        )
-    kept += [(f"{name}, whole", "100%") for name in found.saved]
-    left: dict[str, list[float]] = defaultdict(list)
-    for name, squared in found.others.items():
-        left[split_name(name)[0]].append(squared / found.squared)
-    named = [(f"{kind} x{len(shares)}", _share(sum(shares))) for kind, shares in left.items()]
-    return {KEPT: [*kept, ("the whole difference", _share(found.kept / found.squared))], LEFT: named}
+        rank = "" if energy is None else f", r {min(ranks)} to {max(ranks)}"
+        kept.append((kind, f"{_share(min(shares))} at least, median {_share(median(shares))}{rank}"))
+    kept += [(kind, "whole") for kind in _by_kind(found.saved)]
+    left = [(kind, _share(sum(squares) / found.squared)) for kind, squares in _by_kind(found.others).items()]
+    return {KEPT: [*kept, ("the whole difference", _share(found.kept / found.squared))], LEFT: left}
+
+
+def _by_kind(found: Mapping[str, Found]) -> dict[str, list[Found]]:
+    """What belongs to the same place in each decoder layer, with the number of these places."""
+    kinds: dict[str, list[Found]] = defaultdict(list)
+    for name, one in found.items():
+        kinds[split_name(name)[0]].append(one)
+    return {kind if len(them) == 1 else f"{kind} x{len(them)}": them for kind, them in kinds.items()}
 
 
 def _share(share: float) -> str:
@@ -239,17 +240,18 @@ def _said(
 ) -> Iterator[str]:
     """What was written, kept and left out, and how it is used."""
     nbytes = sum(file.stat().st_size for file in out.iterdir())
+    width = max(len(name) for rows in report.values() for name, _ in rows)
     yield f"wrote    {out} ({size(nbytes)}, {len(found.layers)} layers, r = {config['r']}) in {seconds:.1f} s"
     if found.unchanged:
         yield f"equal    {len(found.unchanged)} layers are equal in both, and not adapted: {_few(found.unchanged)}"
     yield f"kept     of the squared norm of the difference, {report[KEPT][-1][1]} in all; by kind of layer:"
-    yield from (f"         {name:<32} {what}" for name, what in report[KEPT][:-1])
+    yield from (f"         {name:<{width}}  {what}" for name, what in report[KEPT][:-1])
     error = max(layer.error for layer in found.layers.values())
     if error:
         yield f"         layers over {EXACT_DIM} features by iteration: singular values right within {_share(error)}"
     if report[LEFT]:
         yield "left out these differ too, and are not in the adapter; share of the whole difference:"
-        yield from (f"         {name:<32} {share}" for name, share in report[LEFT])
+        yield from (f"         {name:<{width}}  {share}" for name, share in report[LEFT])
         yield "         --targets takes linear layers, --modules-to-save whole modules"
     for server, rules in servers.SERVERS.items():
         model_type = str(base.config.get("model_type"))
