@@ -131,6 +131,13 @@ def adapter_config(
     }
 
 
+def config_for(model: nn.Module, cfg: LoraConfig, base_name: str) -> dict[str, Any]:
+    """The same for factors that are there already, of the modules that `cfg.target_modules` has by their full names;
+    the model is not adapted, and may be on meta."""
+    layers = {name: LoRALinear(model.get_submodule(name), name, r=1, lora_alpha=1.0) for name in cfg.target_modules}
+    return adapter_config(model, layers, cfg, base_name)
+
+
 def _short(alpha: float) -> int | float:
     """PEFT declares alpha an integer; 16.0 is written as 16."""
     return int(alpha) if alpha.is_integer() else alpha

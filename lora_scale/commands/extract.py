@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lora_scale.adapters import extraction, pairing, peft
 from lora_scale.adapters.analysis import EXACT_DIM
 from lora_scale.adapters.extraction import Extracted
-from lora_scale.adapters.lora import LoRALinear
 from lora_scale.adapters.pairing import Plan
 from lora_scale.adapters.survey import split_name
 from lora_scale.commands.options import EXIT_CODES
@@ -166,13 +165,12 @@ def _config(model: nn.Module, found: Extracted, cfg: LoraConfig, name: str, base
         update={
             "r": r,
             "lora_alpha": float(r),
+            "target_modules": tuple(ranks),
             "rank_pattern": pattern,
             "alpha_pattern": {module: float(rank) for module, rank in pattern.items()},
         }
     )
-    layers = {module: LoRALinear(model.get_submodule(module), module, r=1, lora_alpha=1.0) for module in ranks}
-    config = peft.adapter_config(model, layers, cfg, name)
-    return config | {"revision": hub.commit_of(base.path)}
+    return peft.config_for(model, cfg, name) | {"revision": hub.commit_of(base.path)}
 
 
 def _report(found: Extracted, energy: float | None) -> dict[str, list[tuple[str, str]]]:
