@@ -2,8 +2,8 @@
 
 A `Linear` has lora_A (r, in) and lora_B (out, r). A `MergedLinear` is one fused weight of n parts side by side, k of
 them adapted (`enable_lora`): lora_A (k r, in), and lora_B (k out / n, r) as a convolution in k groups. In PEFT that is
-one pair of rank k r whose B has a block for each adapted part and zeros elsewhere. Neither lora_alpha nor enable_lora is
-in the file. Which file layout the base's weight has (`fan_in_fan_out`) does not matter to the factors.
+one pair of rank k r whose B has a block for each adapted part and zeros elsewhere. Neither lora_alpha nor enable_lora
+is in the file. Which layout the base's weight has there (`fan_in_fan_out`) does not matter to the factors.
 """
 
 import pickle
@@ -219,7 +219,7 @@ def _others(
         if there is None or there.shape != value.shape:
             has = "nothing" if there is None else tuple(there.shape)
             raise CheckpointError(
-                f"{path} has {key} {tuple(value.shape)}, where the base has {has}; only parameters of the base are taken"
+                f"{path} has {key} {tuple(value.shape)}, where the base has {has}; only its own parameters are taken"
             )
         if name in pairs and leaf != "bias":
             raise CheckpointError(

@@ -70,12 +70,16 @@ def _said(out: Path, found: Converted, config: dict[str, Any], alpha: float, fol
         parts = (
             "" if enabled is None else f", parts {', '.join(map(str, enabled))} of its rows: rank {len(enabled) * r}"
         )
-        yield f"         {kind} x{count}: r = {r}, scaled by {alpha:g} / {r}{parts}"
+        yield f"         {_counted(kind, count)}: r = {r}, scaled by {alpha:g} / {r}{parts}"
     others = Counter(split_name(name)[0].replace(".base_layer.", ".") for name in found.others)
-    yield from (f"         {kind} x{count}, whole" for kind, count in others.items())
+    yield from (f"         {_counted(kind, count)}, whole" for kind, count in others.items())
     yield from (f"skipped  {note}" for note in found.notes)
     rank = max(len(pair.a) for pair in found.pairs.values())
     for server, rules in servers.SERVERS.items():
         for reason in rules.reasons(config, list(found.pairs), rank, str(folder.config.get("model_type"))):
             yield f"note     not for {server}: {reason}"
     yield f"use it   PeftModel.from_pretrained(model, {str(out)!r})"
+
+
+def _counted(kind: str, count: int) -> str:
+    return f"{kind} x{count}" if count > 1 else kind

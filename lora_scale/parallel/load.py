@@ -66,7 +66,7 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
 def skeleton(folder: ModelFolder, model: ModelConfig) -> nn.Module:
     """The model on the meta device, of which only names and shapes are wanted: no run is needed."""
     model = model.model_copy(update={"attention": "eager"})  # what every family has; nothing is computed
-    rest = {"data": {"train": "-"}, "run_dir": "-", "train": {"max_steps": 1}}
+    rest = {"data": {"train": "-", "packing": False}, "run_dir": "-", "train": {"max_steps": 1}}
     return empty(folder, RunConfig.model_validate({"model": model, **rest}))
 
 
