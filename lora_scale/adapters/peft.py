@@ -108,7 +108,7 @@ def adapter_config(
     cfg = principal.widened_config(cfg)
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM",
+        "task_type": _task_type(model, cfg),
         "base_model_name_or_path": base_name,
         "revision": None,
         "inference_mode": True,
@@ -129,6 +129,14 @@ def adapter_config(
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _task_type(model: nn.Module, cfg: LoraConfig) -> str | None:
+    """For SEQ_CLS PEFT puts the whole head into modules_to_save, and cannot load a folder that lacks it or has it in
+    parts: then none, with which it adapts the model all the same."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if set(cfg.modules_to_save) & {"classifier", "score"} else None
 
 
 def config_for(model: nn.Module, cfg: LoraConfig, base_name: str) -> dict[str, Any]:
