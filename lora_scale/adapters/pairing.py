@@ -56,26 +56,27 @@ def refuse_another(base: nn.Module, tuned: nn.Module, folders: tuple[ModelFolder
     here, there = (model.config.to_dict() for model in (base, tuned))  # type: ignore[operator, union-attr]
     where = f"{folders[1].path} and --base {folders[0].path}"
     for key in _HEADS:
-        if here.get(key) != there.get(key):
+        one, other = (getattr(model.config, key, None) for model in (base, tuned))  # by the name each family has for it
+        if one != other:
             raise ModelError(
-                f"{where} are other architectures: {key} is {there.get(key)!r} and {here.get(key)!r}; give the base "
-                "that was tuned"
+                f"{where} are other architectures: {key} is {other!r} and {one!r}; give the base that was tuned"
             )
     ours, theirs = (dict(model.named_parameters()) for model in (base, tuned))
     for name in (*ours, *theirs):
         if (name in ours) != (name in theirs):
             has = folders[name not in ours].path
             raise ModelError(f"{where} are other architectures: only {has} has {name}; give the base that was tuned")
-        if (one := tuple(ours[name].shape)) != (other := tuple(theirs[name].shape)):
+        shape, theirs_shape = tuple(ours[name].shape), tuple(theirs[name].shape)
+        if shape != theirs_shape:
             grown = getattr(base, "get_input_embeddings", lambda: None)()
-            is_vocabulary = one[1:] == other[1:] and grown is not None and one[0] == len(grown.weight)
+            is_vocabulary = shape[1:] == theirs_shape[1:] and grown is not None and shape[0] == len(grown.weight)
             way_out = (
-                f"a vocabulary that grew is no update of low rank: call resize_token_embeddings({one[0]}) on the "
+                f"a vocabulary that grew is no update of low rank: call resize_token_embeddings({shape[0]}) on the "
                 "tuned model, or bring the base to its size, and save that one"
                 if is_vocabulary
                 else "give the base that was tuned"
             )
-            raise ModelError(f"{where}: {name} has shape {other} and {one}; {way_out}")
+            raise ModelError(f"{where}: {name} has shape {theirs_shape} and {shape}; {way_out}")
     differ = [key for key in here if key in there and here[key] != there[key] and key not in _OF_NO_WEIGHT]
     return [f"config.json has {key}: {_short(here[key])} in the base, {_short(there[key])} tuned" for key in differ]
 

@@ -40,7 +40,7 @@ def command(file: Path, base: str, out: Path, alpha: float, enable: str, dtype: 
     """Write what Microsoft's loralib has saved as an adapter that PEFT loads: lora_state_dict(model) by torch.save.
 
     \b
-    lora-scale convert gpt2-e2e.pt --base openai-community/gpt2-medium --alpha 32 --enable q,v --out adapters/e2e
+    lora-scale convert e2e.pt --base models/gpt2-medium --alpha 32 --enable q,v --out adapters/e2e
     lora-scale convert lora.pt --base models/llama --alpha 16 --out adapters/theirs
 
     A MergedLinear becomes one pair on the fused layer, with a block of B for each part, so nothing is rounded. Biases,

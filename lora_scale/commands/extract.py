@@ -73,7 +73,7 @@ def command(
     \b
     lora-scale extract models/tuned --base models/llama-3.1-70b --out adapters/tuned --r 32
     lora-scale extract org/tuned --base org/base --out adapters/tuned --r 64 --energy 0.9
-    lora-scale extract models/tuned --base models/m --out adapters/t --modules-to-save embed_tokens,lm_head,norm
+    lora-scale extract tuned --base base --out adapters/t --modules-to-save embed_tokens,lm_head,norm
 
     The folder loads in PEFT; its update is B A, scaled by 1. Neither model is loaded: matrices pass through, each
     thread holding one in fp32. The last lines say how much of the difference the adapter keeps, by kind of layer, and
