@@ -23,6 +23,8 @@ VERBS = {
     "launch": "Train on several hosts, watched and restarted.",
     "export": "Write a checkpoint's adapter in PEFT form.",
     "merge": "Write the base with the adapter added to its weights.",
+    "extract": "Make an adapter from a base and a tuned model.",
+    "convert": "Take a state dict of loralib into PEFT's form.",
     "analyze": "Say what updates look like, and what that means for r and targets.",
     "generate": "Continue rows of text with one or more adapters.",
     "config": "Print every key with its value and origin, or the JSON Schema.",

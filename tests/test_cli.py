@@ -104,7 +104,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["trian", "run.yaml"], "Error: unknown verb trian; did you mean train?"),
-        (["banana"], "Error: unknown verb banana; choose plan, prepare, train, launch, export, merge, analyze"),
+        (
+            ["banana"],
+            "Error: unknown verb banana; choose plan, prepare, train, launch, export, merge, extract, convert, analyze",
+        ),
         (["--lr=3"], "Error: No such option '--lr'"),
         (["doctor", "--lora.r=16"], "A key of the config is written without dashes: lora.r=16"),
         (["doctor", "extra"], "Error: Got unexpected extra argument"),

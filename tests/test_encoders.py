@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel, get_peft_model_state_dict
 from ranks import run_ranks
 from tiny_tokenizer import write_tokenizer
 from torch import Tensor, nn
@@ -187,9 +188,27 @@ def test_what_is_not_built_for_encoders_is_refused(changes: dict[str, Any], mess
         load.read_config(open_folder(tmp_path), RunConfig.model_validate(tree))
 
 
-def test_an_adapter_of_an_encoder_says_so_to_peft(tmp_path: Path) -> None:
-    (tree,) = trees(tmp_path, ["roberta"]).values()
+@pytest.mark.parametrize(
+    ("name", "task_type"), [("roberta", None), ("roberta, frozen head", None), ("bert", "SEQ_CLS")]
+)
+def test_peft_loads_an_adapter_of_an_encoder(name: str, task_type: str | None, tmp_path: Path) -> None:
+    """With its head, whole or in parts, and without; PEFT takes SEQ_CLS only with the whole one."""
+    (tree,) = trees(tmp_path, [name]).values()
     cfg = RunConfig.model_validate(tree)
     model, _, _ = setup.build_model(cfg, open_folder(cfg.model.path))
-    found = peft.adapter_config(model, adapted_layers(model), cfg.lora, "x")
-    assert found["task_type"] == "SEQ_CLS" and found["modules_to_save"] == HEAD["roberta"]
+    layers = adapted_layers(model)
+    found = peft.adapter_config(model, layers, cfg.lora, "x")
+    assert found["task_type"] == task_type and found["modules_to_save"] == (list(cfg.lora.modules_to_save) or None)
+    encoder = AutoModelForSequenceClassification.from_pretrained(cfg.model.path, dtype=torch.float32)
+    values = {
+        f"{n}.{f}": torch.randn(getattr(layer, f).shape) for n, layer in layers.items() for f in ("lora_A", "lora_B")
+    }
+    for module in cfg.lora.modules_to_save:
+        parameters = encoder.get_submodule(module).named_parameters()
+        values |= {f"{module}.{leaf}": torch.randn(parameter.shape) for leaf, parameter in parameters}
+    (tmp_path / "adapter").mkdir()
+    peft.write_adapter(tmp_path / "adapter", values, found)
+    loaded = PeftModel.from_pretrained(encoder, tmp_path / "adapter")
+    theirs = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert theirs.keys() == {peft.key(parameter) for parameter in values}
+    assert all(torch.equal(theirs[peft.key(parameter)], value) for parameter, value in values.items())

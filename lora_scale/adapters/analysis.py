@@ -45,6 +45,16 @@ class Top:
 
 
 @dataclass(frozen=True, slots=True)
+class Leading:
+    """The part of rank `count` of a weight that is nearest to it: left diag(values) right^T, values falling."""
+
+    left: Tensor  # (out, count), columns of length 1 or, where the value is 0, 0
+    values: Tensor  # (count,)
+    right: Tensor  # (in, count), the same
+    error: float  # as in Top
+
+
+@dataclass(frozen=True, slots=True)
 class Correlation:
     """One row of the paper's Table 7: ||U^T W V||_F for k directions U, V taken from the update, W itself, chance."""
 
@@ -149,20 +159,56 @@ def top_values(weight: Tensor, count: int, generator: torch.Generator) -> Top:
     count = min(count, *weight.shape)
     if min(weight.shape) <= EXACT_DIM:
         return Top(_exact(weight)[:count], 0.0)
-    return _randomised(weight, count, generator)
+    found = _randomised(weight, count, generator)
+    return Top(found.values.double(), found.error)
+
+
+def leading(weight: Tensor, count: int, generator: torch.Generator) -> Leading:
+    """The first `count` pairs of singular vectors of `weight` (out, in), fp64 where exact; the largest entry of each
+    right one is positive. Exact or randomised as `top_values`: then a projection of the weight that is nearly as near.
+    """
+    if min(weight.shape) > EXACT_DIM:
+        found = _randomised(weight, count, generator)
+    elif weight.shape[0] >= weight.shape[1]:
+        right = torch.linalg.eigh(_gram(weight))[1].flip(1)[:, :count]
+        left, values = _lengths(torch.cat([block.double() @ right for _, block in _blocks(weight)]))
+        found = Leading(left, values, right, 0.0)
+    else:
+        other = leading(weight.T, count, generator)
+        found = Leading(other.right, other.values, other.left, 0.0)
+    signs = found.right.gather(0, found.right.abs().argmax(0, keepdim=True)).sign()
+    return Leading(found.left * signs, found.values, found.right * signs, found.error)
+
+
+def workspace(shape: tuple[int, int], count: int) -> int:
+    """Bytes that `leading` takes at most beside an fp32 weight of that shape: a few copies of what it works with."""
+    if (smaller := min(shape)) <= EXACT_DIM:
+        return 8 * (6 * smaller**2 + 4 * sum(shape) * count) + 8 * BLOCK
+    return 4 * 4 * sum(shape) * (count + OVERSAMPLE) * ROUNDS + 8 * BLOCK
+
+
+def _lengths(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of length 1, and how long they were."""
+    values = columns.norm(dim=0)
+    return columns / torch.where(values > 0, values, 1.0), values
 
 
 def _exact(weight: Tensor) -> Tensor:
     """All singular values, as roots of the eigenvalues of the smaller Gram matrix. In fp64 squaring costs nothing that
     shows: a value of 1e-7 of the largest is still right to some digits."""
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for _, block in _blocks(tall):
+    return torch.linalg.eigvalsh(_gram(tall)).flip(0).clamp(min=0.0).sqrt()
+
+
+def _gram(weight: Tensor) -> Tensor:
+    """W^T W: (in, in), fp64."""
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    for _, block in _blocks(weight):
         gram += block.double().T @ block.double()
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0).sqrt()
+    return gram
 
 
-def _randomised(weight: Tensor, count: int, generator: torch.Generator) -> Top:
+def _randomised(weight: Tensor, count: int, generator: torch.Generator) -> Leading:
     """Block Krylov (Musco and Musco, https://arxiv.org/abs/1504.05477): all rounds of a power iteration from a random
     start together span the space in which the small SVD is exact; the last round alone, as usual, is far worse here.
 
@@ -175,9 +221,10 @@ def _randomised(weight: Tensor, count: int, generator: torch.Generator) -> Top:
         rounds.append(_orthonormal(_gram_times(weight, rounds[-1])))
     basis = _orthonormal(torch.cat(rounds, dim=1))
     u, values, vh = torch.linalg.svd(_times(weight, basis), full_matrices=False)
-    residual = _transposed_times(weight, u[:, :count]) - basis @ vh[:count].T * values[:count]
+    left, values, right = u[:, :count], values[:count], basis @ vh[:count].T
+    residual = _transposed_times(weight, left) - right * values
     error = residual.norm(dim=0).max().item() / math.sqrt(2) / values[0].item()
-    return Top(values[:count].double(), error)
+    return Leading(left, values, right, error)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lora_scale.adapters.peft_config import CONFIG_FILE as CONFIG_FILE
 from lora_scale.adapters.peft_config import PATTERNS, TOKENS
 from lora_scale.adapters.targets import by_pattern, exact_suffixes, pattern_matches
 from lora_scale.spec.config import LoraConfig
-from lora_scale.spec.errors import CheckpointError, ModelError
+from lora_scale.spec.errors import CheckpointError, ModelError, UsageError
 from lora_scale.spec.families import has_suffix
 from lora_scale.spec.layout import ByteRange
 from lora_scale.storage.durable import write_file
@@ -108,7 +108,7 @@ def adapter_config(
     cfg = principal.widened_config(cfg)
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM",
+        "task_type": _task_type(model, cfg),
         "base_model_name_or_path": base_name,
         "revision": None,
         "inference_mode": True,
@@ -129,6 +129,21 @@ def adapter_config(
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _task_type(model: nn.Module, cfg: LoraConfig) -> str | None:
+    """For SEQ_CLS PEFT puts the whole head into modules_to_save, and cannot load a folder that lacks it or has it in
+    parts: then none, with which it adapts the model all the same."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if set(cfg.modules_to_save) & {"classifier", "score"} else None
+
+
+def config_for(model: nn.Module, cfg: LoraConfig, base_name: str) -> dict[str, Any]:
+    """The same for factors that are there already, of the modules that `cfg.target_modules` has by their full names;
+    the model is not adapted, and may be on meta."""
+    layers = {name: LoRALinear(model.get_submodule(name), name, r=1, lora_alpha=1.0) for name in cfg.target_modules}
+    return adapter_config(model, layers, cfg, base_name)
 
 
 def _short(alpha: float) -> int | float:
@@ -246,6 +261,13 @@ def _check_pairs(path: Path, config: Mapping[str, Any], factors: Mapping[str, Te
             raise CheckpointError(
                 f"{path}: {key(name)} has shape {tuple(factor.shape)}, but {CONFIG_FILE} gives {module} r = {r}"
             )
+
+
+def checked_name(base_name: str | None) -> str | None:
+    """What the user wants the base to be called in files."""
+    if base_name is not None and (base_name.startswith(("/", ".", "~")) or Path(base_name).exists()):
+        raise UsageError(f"--base-name is {base_name}, a place on this machine; give a name, as org/model on the hub")
+    return base_name
 
 
 def public_name(path: str) -> str:

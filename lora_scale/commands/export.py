@@ -95,10 +95,10 @@ def _base(found: Source, adapter: Adapter, base: str | None, base_name: str | No
     model = found.model
     if base is not None:
         model = model.model_copy(update={"path": base, "revision": None}) if model else ModelConfig(path=base)
-    if base_name is not None and (base_name.startswith(("/", ".", "~")) or Path(base_name).exists()):
-        raise UsageError(f"--base-name is {base_name}, a place on this machine; give a name, as org/model on the hub")
     named = str(adapter.config.get("base_model_name_or_path") or "")
-    name = base_name or (peft.public_name(base) if base else peft.public_name(named) if named else "unknown")
+    name = peft.checked_name(base_name) or (
+        peft.public_name(base) if base else peft.public_name(named) if named else "unknown"
+    )
     revision = model.revision or hub.commit_of(Path(model.path)) if model else None
     return Base(model, name, revision or adapter.config.get("revision"), _model_type(model), given=base is not None)
 

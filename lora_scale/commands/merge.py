@@ -21,7 +21,7 @@ from lora_scale.adapters.peft import Adapter
 from lora_scale.commands.options import EXIT_CODES
 from lora_scale.parallel import load, source
 from lora_scale.parallel.source import Source
-from lora_scale.spec.config import ModelConfig, RunConfig
+from lora_scale.spec.config import ModelConfig
 from lora_scale.spec.errors import DoesNotFitError, ModelError, UsageError
 from lora_scale.storage import companions, durable, hub
 from lora_scale.storage.card import merged_card
@@ -145,9 +145,7 @@ def _sha256(adapter: Path) -> str:
 
 
 def _plan(folder: ModelFolder, model: ModelConfig, parts: Sequence[Part]) -> Plan:
-    model = model.model_copy(update={"attention": "eager"})  # what every family has; nothing is computed
-    unused = {"data": {"train": "-"}, "run_dir": "-", "train": {"max_steps": 1}}  # an empty model is built without
-    skeleton = load.empty(folder, RunConfig.model_validate({"model": model, **unused}))
+    skeleton = load.skeleton(folder, model)
     return merging.plan(folder, skeleton, [(part.source.path, part.adapter, part.weight) for part in parts])
 
 

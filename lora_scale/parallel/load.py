@@ -22,7 +22,7 @@ from lora_scale.parallel.flat import FlatBase
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.reading import Wanted
 from lora_scale.parallel.zero3 import Partitioner
-from lora_scale.spec.config import RunConfig
+from lora_scale.spec.config import ModelConfig, RunConfig
 from lora_scale.spec.errors import ConfigError, ModelError
 from lora_scale.spec.layout import Placement, TensorEntry, zero_span
 from lora_scale.spec.splits import Split, trained
@@ -61,6 +61,13 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
         raise ModelError(f"{folder.path}: transformers cannot build this model: {_first(error)}") from error
     rebuild_buffers(model)
     return model.train()  # transformers builds in eval mode, where recompute is silently off
+
+
+def skeleton(folder: ModelFolder, model: ModelConfig) -> nn.Module:
+    """The model on the meta device, of which only names and shapes are wanted: no run is needed."""
+    model = model.model_copy(update={"attention": "eager"})  # what every family has; nothing is computed
+    rest = {"data": {"train": "-", "packing": False}, "run_dir": "-", "train": {"max_steps": 1}}
+    return empty(folder, RunConfig.model_validate({"model": model, **rest}))
 
 
 def read_config(folder: ModelFolder, cfg: RunConfig) -> Any:

@@ -21,9 +21,14 @@ class Training:
 
 
 def adapter_card(
-    base: str, fingerprint: str | None, adapter: Mapping[str, Any], step: int | None, training: Training | None
+    base: str,
+    fingerprint: str | None,
+    adapter: Mapping[str, Any],
+    step: int | None = None,
+    training: Training | None = None,
+    more: Mapping[str, Sequence[tuple[str, object]]] | None = None,
 ) -> str:
-    """Of an exported adapter; `adapter` is its adapter_config.json."""
+    """Of an adapter; `adapter` is its adapter_config.json, `more` has tables by their headings."""
     head = [*_front_matter(base, "peft", ["lora", "lora-scale"]), f"# LoRA adapter for {base}", ""]
     rows = [
         ("base model", base),
@@ -37,6 +42,8 @@ def adapter_card(
     text = [*head, *_table(rows)]
     if training:
         text += ["## Training", "", *_table(_training(training, step)), *_results(training.metrics, step)]
+    for heading, told in (more or {}).items():
+        text += [f"## {heading}", "", *_table(told)]
     return "\n".join(text)
 
 
