@@ -148,6 +148,8 @@ def tables(arguments: argparse.Namespace) -> None:
             text += _kill_table(path.name, record)
         elif "faults" in record:
             text += _fault_table(path.name, record)
+        elif "link" in record:
+            text += _link_table(path.name, record)
     (arguments.folder / "README.md").write_text("\n".join(text).rstrip() + "\n")
 
 
@@ -254,6 +256,21 @@ def _fault_table(file: str, record: dict[str, Any]) -> list[str]:
             f"{f'{statistics.median(again):.0f}' if again else '-'} | "
             f"{'yes' if all(row['equal'] for row in rows) else 'NO'} |"
         )
+    return [*lines, ""]
+
+
+def _link_table(file: str, record: dict[str, Any]) -> list[str]:
+    lines = [
+        f"## What crosses the link between hosts ({file})",
+        "",
+        f"{record['what']}; commit `{record['commit'][:10]}`; record [{file}]({file}).",
+        "",
+        "| `base_sharding` | base, MB | adapter's fp32 gradients, MB | MB a step on the card |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in record["link"]:
+        sizes = (f"{row[key] / 1e6:.3f}" for key in ("base_bytes", "gradient_bytes", "bytes_a_step"))
+        lines.append(f"| {row['base_sharding']} | {' | '.join(sizes)} |")
     return [*lines, ""]
 
 

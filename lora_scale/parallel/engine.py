@@ -127,18 +127,18 @@ def optimizer_for(model: nn.Module, cfg: RunConfig, uneven: Collection[str] = ()
     parallelism cuts into `uneven` shards is apart: ZeRO-1 and 2 lay a group end to end, and the other groups must be
     partitioned alike on the ranks that sum parts of a gradient.
     """
-    members: dict[tuple[bool, ...], list[nn.Parameter]] = {}  # no empty group, which breaks torch's own bookkeeping
+    members: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}  # no empty group: it breaks torch's bookkeeping
     for name, p in model.named_parameters():
         if p.requires_grad:
-            group = len(zero3.shape(p)) >= 2, name.endswith(".lora_B"), name in uneven
-            members.setdefault(group, []).append(p)
+            lr_ratio = cfg.train.loraplus_lr_ratio if name.endswith(".lora_B") else 1.0
+            members.setdefault((len(zero3.shape(p)) >= 2, lr_ratio, name in uneven), []).append(p)
     groups = [
         {
             "params": found,
             "weight_decay": cfg.train.weight_decay if decays else 0.0,
-            "lr_ratio": cfg.train.loraplus_lr_ratio if is_b else 1.0,
+            "lr_ratio": lr_ratio,
         }
-        for (decays, is_b, _), found in members.items()
+        for (decays, lr_ratio, _), found in members.items()
     ]
     return torch.optim.AdamW(groups, lr=cfg.train.lr, betas=cfg.train.betas, eps=cfg.train.eps)
 
