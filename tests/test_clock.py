@@ -29,8 +29,8 @@ def test_waits_are_taken_out_of_their_phase() -> None:
             pass
     with found.phase("step"):
         pass
-    assert found.seconds() == {"forward": 4.0, "step": 1.0, "collectives": 2.0}
-    assert found.seconds() == {"collectives": 0.0}, "each call begins anew"
+    assert found.take()() == {"forward": 4.0, "step": 1.0, "collectives": 2.0}
+    assert found.take()() == {"collectives": 0.0}, "each take begins anew"
 
 
 @pytest.mark.usefixtures("ticking")
@@ -40,14 +40,14 @@ def test_outside_of_phases_nothing_is_kept() -> None:
         raise KeyError
     with exposed(CPU):
         pass
-    assert found.seconds() == {"collectives": 0.0}
+    assert found.take()() == {"collectives": 0.0}
 
 
 @pytest.mark.usefixtures("ticking")
 def test_items_are_timed_while_they_come() -> None:
     found = PhaseClock(CPU)
     assert list(found.timed("data", "abc")) == ["a", "b", "c"]
-    assert found.seconds() == {"data": 3.0, "collectives": 0.0}
+    assert found.take()() == {"data": 3.0, "collectives": 0.0}
 
 
 def test_a_wait_costs_microseconds() -> None:
@@ -58,7 +58,7 @@ def test_a_wait_costs_microseconds() -> None:
             for _ in range(WAITS):
                 with exposed(CPU):
                     pass
-        found.seconds()
+        found.take()()
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < WAITS * EACH
 
@@ -74,7 +74,7 @@ def test_on_a_gpu_the_devices_own_time_counts() -> None:
             with exposed(device):
                 torch.cuda._sleep(50_000_000)  # cycles: more than 0.02 s
         torch.cuda.synchronize()
-        seconds = found.seconds()
+        seconds = found.take()()
     assert seconds["collectives"] > 0.02 > seconds["forward"] > 0
     with found.phase("forward"):
         began = time.perf_counter()
@@ -84,5 +84,5 @@ def test_on_a_gpu_the_devices_own_time_counts() -> None:
         issued = time.perf_counter() - began
     torch.cuda.synchronize()
     began = time.perf_counter()
-    found.seconds()
+    found.take()()
     assert issued + time.perf_counter() - began < WAITS * EACH

@@ -99,7 +99,7 @@ def findings(path: str, source: str) -> list[str]:
             found.append(f"imports {name} at once; import it inside the function that needs it")
     lines, sizes = len(source.splitlines()), _sizes(tree)
     long = {name: size for name, size in sizes.items() if size > MAX_FUNCTION}
-    if lines > (2 if path == TRAINING_LOOP else 1) * MAX_LINES:
+    if lines > (1.5 if path == TRAINING_LOOP else 1) * MAX_LINES:
         found.append(f"has {lines} lines")
     if len(long) > (1 if path == TRAINING_LOOP else 0):
         found.append(f"has long functions: {long}")
@@ -182,7 +182,7 @@ def test_module_keeps_to_its_floor(path: str) -> None:
             "imports transformers.AutoTokenizer at once; import it inside the function that needs it",
         ),
         ("spec/a.py", "x = 1\n" * 301, "has 301 lines"),
-        ("commands/train.py", "x = 1\n" * 601, "has 601 lines"),
+        ("commands/train.py", "x = 1\n" * 451, "has 451 lines"),
         ("spec/a.py", "def f():\n" + "    x = 1\n" * 59, "has long functions: {'f at 1': 60}"),
         (
             "commands/train.py",
@@ -202,6 +202,6 @@ def test_what_is_allowed_is_not_a_finding() -> None:
         "parallel/a.py": "import torch.distributed as dist\nimport deepspeed\nfrom lora_scale.adapters import lora",
         "cli.py": "import click\nfrom lora_scale.commands.options import EXIT_CODES",
         "spec/a.py": "def f():\n" + "    x = 1\n" * 58,
-        "commands/train.py": "def f():\n" + "    x = 1\n" * 200 + "x = 1\n" * 300,
+        "commands/train.py": "def f():\n" + "    x = 1\n" * 200 + "x = 1\n" * 200,
     }
     assert [finding for path, source in allowed.items() for finding in findings(path, source)] == []

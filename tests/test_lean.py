@@ -101,6 +101,27 @@ def test_readers_add_up_one_gradient() -> None:
         torch.testing.assert_close(gradient(n), reference, rtol=1e-6, atol=1e-7)
 
 
+def test_a_norm_writes_into_a_gradient_only_where_that_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = nn.Module()
+    norm.__class__, norm.offset, norm.eps, norm.weight = lean.LeanRMSNorm, 0.0, 1e-6, nn.Parameter(torch.ones(4))
+    told: list[bool] = []
+
+    class Kernels:
+        def rms_norm_backward(self, dy: Any, x: Any, *more: Any) -> tuple[Tensor, None]:
+            told.append(more[6])
+            return torch.zeros_like(x), None
+
+    x = torch.ones(3, 4, requires_grad=True)
+    given, kept = norm(x), norm(x)
+    marks.let_overwrite_gradient(given)
+    marks.let_overwrite_gradient(x * 2)  # a node of torch's own takes no notice
+    monkeypatch.setattr(lean, "_kernels", lambda _: Kernels())
+    monkeypatch.setattr(lean, "_settings", lambda _: (4, 4))
+    given.sum().backward()
+    kept.sum().backward()
+    assert told == [True, False]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", lean.OFFSETS)
 def test_kernels_are_as_near_to_fp32_as_plain_bf16(model_type: str) -> None:

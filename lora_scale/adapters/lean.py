@@ -54,15 +54,8 @@ class _RMSNorm(torch.autograd.Function):
         if kernels := _kernels(dy):
             size, warps = _settings(x.shape[-1])
             flat, mode = x.reshape(-1, x.shape[-1]), _mode(ctx.offset)
-            more = (
-                ctx.offset,
-                mode,
-                size,
-                warps,
-                False,
-                False,
-                trains,
-            )  # not in place: a sum hands the same gradient on
+            in_place = marks.owns_gradient(ctx)  # else not: a sum hands the same gradient on
+            more = (ctx.offset, mode, size, warps, in_place, False, trains)
             dx, dw = kernels.rms_norm_backward(dy.contiguous(), flat, weight.data, rstd, *more)
             return dx, dw, None, None
         width = weight.float() + ctx.offset

@@ -3,7 +3,7 @@ gradients of its readers are added up, and what it still waits for. The marks ar
 from the tensor has none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,13 @@ class Sum:
         self.total: Tensor | None = None  # (tokens, features)
         self._readers = self._added = 0
         self._held: list[tuple[Tensor, Tensor]] = []
+        self._made: tuple[Callable[..., Tensor], Tensor] | None = None
+
+    def made(self, make: Callable[..., Tensor], kept: Sequence[Tensor]) -> Tensor:
+        """`make(*kept)`: what adapters read, made again for the first of them and there until the last."""
+        if self._made is None or self._made[0] is not make:
+            self._made = make, make(*kept)
+        return self._made[1]
 
     def expect(self) -> None:
         """One more reader will add its part."""
@@ -76,7 +83,9 @@ class Sum:
             self.add_product(dy, weight, is_last)
 
     def add_held(self, is_last: bool) -> None:
-        """Nothing is held back any more."""
+        """Nothing is held back any more, for the sum or for its readers."""
+        if is_last:
+            self._made = None
         if self._held:
             gradients, weights = zip(*self._held, strict=True)
             self._held.clear()
@@ -159,6 +168,18 @@ def sum_of(x: Tensor) -> Sum | None:
     if total is not None:
         total.expect()
     return total
+
+
+def let_overwrite_gradient(x: Tensor) -> None:
+    """The gradient that `x` gets is nobody else's: what gave `x` may write into it. torch's own nodes cannot know."""
+    node: Any = x.grad_fn
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        node._owns_gradient = True
+
+
+def owns_gradient(ctx: Any) -> bool:
+    """Whether the node of an operation was told so."""
+    return getattr(ctx, "_owns_gradient", False)
 
 
 def lent(y: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class _Update(torch.autograd.Function):
         if needs_b:
             db = (flat.t() @ narrow).to(lora_b.dtype) * ctx.scaling
         if needs_a:
-            x = _flat(ctx.make(*kept))
+            x = _flat(ctx.make(*kept) if ctx.sum is None else ctx.sum.made(ctx.make, kept))
             own = dnarrow if shared is None else _flat(shared())
             da = (own.t() @ x).to(lora_a.dtype)
         return dy, dx, da, db, None, None

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import os
 import sys
 import time
@@ -15,6 +16,8 @@ from typing import Any
 import click
 import torch
 
+from lora_scale.commands.training import resuming
+from lora_scale.commands.training.books import Books
 from lora_scale.parallel import checkpoint, fits, guards, local, memory, metrics, mpi, setup, world
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
@@ -25,15 +28,14 @@ from lora_scale.parallel.waiting import first_rank_works
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, planning, search
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.errors import CheckpointError, ConfigError, InterruptedRunError, LoraScaleError, UsageError
-from lora_scale.spec.progress import Deadline, Validation, deadline, validation_so_far
+from lora_scale.spec.errors import ConfigError, InterruptedRunError, LoraScaleError, UsageError
+from lora_scale.spec.progress import Deadline, Validation, deadline
 from lora_scale.spec.schedule import learning_rate
 from lora_scale.storage import checkpoints, console, durable, hub, provenance, runlog
-from lora_scale.storage.console import Console, LastWords, StopRequest, bar, size
+from lora_scale.storage.console import Console, LastWords, StopRequest, size
 from lora_scale.storage.folder import ModelFolder
 from lora_scale.storage.lease import Lease
-from lora_scale.storage.runlog import CHECKPOINTS, METRICS, RunLog, log_path
-from lora_scale.storage.trackers import Trackers
+from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,18 +183,18 @@ def _run(
 ) -> Job | None:
     grid = grids.make(cfg.parallel, here)
     folder, identity = setup.open_base(cfg, screen)
-    resume, notes = on_rank_zero(lambda: _find_checkpoint(cfg))
+    resume, notes = on_rank_zero(lambda: resuming.find_checkpoint(cfg))
     start = on_rank_zero(lambda: None if resume else setup.find_init_adapter(cfg, folder, identity))
     data = run_data.read_data(cfg, folder, grid, screen)
     run_data.say_data(cfg, data, grid, screen)
-    saved = on_rank_zero(lambda: _read_state(cfg, identity, data, resume)) if resume else None
+    saved = on_rank_zero(lambda: resuming.read_state(cfg, identity, data, resume)) if resume else None
     if saved and saved.step >= data.plan.total_steps:
         way_on = "a larger train.max_steps or train.epochs goes on"
         screen.line(f"finished already: {saved.step} of {data.plan.total_steps} steps are done; {way_on}")
         _mark_finished(cfg, saved.step, here)
         return None
     step, tokens_seen = (saved.step, saved.tokens_seen) if saved else (0, 0)
-    seen = on_rank_zero(lambda: _validation_before(cfg, step))
+    seen = on_rank_zero(lambda: resuming.validation_before(cfg, step))
     if _is_over(cfg, seen):
         screen.line(f"finished already, at step {step}: {_no_better(seen)}; a larger early_stop.patience goes on")
         return None
@@ -228,98 +230,78 @@ def _loop(
     """The steps from those that are `behind` (their number, their tokens, their validation losses) to the last."""
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
     first, tokens_seen, seen = behind
-    learning, pace, val_loss = guards.LearningGuard(engine), Pace(job.world.device), None
-    trackers = Trackers(cfg, first, screen.line) if log else None
+    learning, pace = guards.LearningGuard(engine), Pace(job.world.device)
     end_of_job, step_seconds, save_seconds = deadline(job_started, cfg.max_hours, os.environ), 0.0, 0.0
-    if data.validation and first == 0:
-        val_loss = engine.evaluate(data.validation)
-        screen.line(f"before   val_loss {val_loss:.4f}")
-        seen = seen.after(0, val_loss)
-        if log and trackers:
-            log.write_row({"step": 0, "val_loss": val_loss})
-            trackers.write(log.row)
-    snapshot = memory.Snapshot(cfg.memory.snapshot_steps, runlog.log_path(cfg.run_dir, job.world.rank))
-    started = before = time.perf_counter()
-    away = 0.0  # seconds since `before` that are no training: evaluation, saving
-    stop.in_loop = True
-    for number, step in enumerate(engine.clock.timed("data", data.plan.steps(first)), start=first):
-        done = number + 1
-        lr = learning_rate(number, total, cfg.train)
-        begin_time = time.time()
-        must_end = partial(_must_end, stop, end_of_job, step_seconds, save_seconds)
-        snapshot.before(done)
-        with pulse.step(done):
-            finish = engine.start_step(step, number, lr, must_end)
-            held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())  # while the device works
-            own.write({"step": done, **held})
-            result = finish()
-            snapshot.after(done)
-            guards.check_finite(done, result, step.names)
-            learning.after_step(done, lr, step.target_tokens)
-        tokens_seen += step.tokens
-        now = time.perf_counter()
-        seconds, before, away = now - before - away, now, 0.0  # from step to step, data and our own books included
-        row = metrics.row(done, result, lr, step, seconds, job, held)
-        figures, slow = pace.measure(done)
-        row |= figures
-        for text in slow:
-            screen.line(text)
-        if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
-            row |= job.evaluate(done)
-            away += time.perf_counter() - now
-            seen = seen.after(done, val_loss := row["val_loss"])
-        ends = done == total or result.stop or _is_over(cfg, seen)
-        best = cfg.save.best is not None and seen.is_best(done)
-        last = ends and (cfg.save.last or done < total)
-        saves = last or best or bool(cfg.save.every and done % cfg.save.every == 0)
-        if log:
-            log.write_row(row, sync=saves)  # before the save: a run that resumes from it finds all its rows
-        if saves:
-            path, save_seconds = _save(job, done, tokens_seen, best)
-            away += save_seconds
-            print(f"saved {path} in {save_seconds:.2f} s", flush=True)  # into the log
-            saving = engine.clock.memory.take()
-            own.write({"step": done, "phase": "save", "phases": saving}, flush=True)
-            if log:
-                log.add_to_row(save_seconds=save_seconds, **({"save_memory": saving["save"]} if saving else {}))
-        if log and trackers:
-            trackers.write(log.row)
-        step_seconds = time.time() - begin_time
-        screen.live(partial(_line, row, total, first, val_loss, started), force=done in (first + 1, total))
-        if ends:
-            break
-    if trackers:
-        trackers.close()
+    with Books(job, log, screen, first) as books:
+        if data.validation and first == 0:
+            val_loss = engine.evaluate(data.validation)
+            screen.line(f"before   val_loss {val_loss:.4f}")
+            seen = seen.after(0, val_loss)
+            books.step(lambda: {"step": 0, "val_loss": val_loss})
+        snapshot = memory.Snapshot(cfg.memory.snapshot_steps, runlog.log_path(cfg.run_dir, job.world.rank))
+        before = time.perf_counter()
+        away = 0.0  # seconds since `before` that are no training: evaluation, saving
+        stop.in_loop = True
+        for number, step in enumerate(engine.clock.timed("data", data.plan.steps(first)), start=first):
+            done = number + 1
+            lr = learning_rate(number, total, cfg.train)
+            begin_time = time.time()
+            must_end = partial(_must_end, stop, end_of_job, step_seconds, save_seconds)
+            snapshot.before(done)
+            with pulse.step(done):
+                finish = engine.start_step(step, number, lr, must_end, books.settle)
+                held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())  # while the device works
+                own.write({"step": done, **held})
+                result = finish()
+                snapshot.after(done)
+                guards.check_finite(done, result, step.names)
+                learning.after_step(done, lr, step.target_tokens)
+            tokens_seen += step.tokens
+            now = time.perf_counter()
+            seconds, before, away = now - before - away, now, 0.0  # from step to step, data and our own books included
+            books.step(partial(metrics.row, done, result, lr, step, seconds, job, held))
+            figures, slow = pace.measure(done)
+            for text in slow:
+                screen.line(text)
+            if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
+                figures |= job.evaluate(done)
+                away += time.perf_counter() - now
+                seen = seen.after(done, figures["val_loss"])
+            ends = done == total or result.stop or _is_over(cfg, seen)
+            best = cfg.save.best is not None and seen.is_best(done)
+            last = ends and (cfg.save.last or done < total)
+            saves = last or best or bool(cfg.save.every and done % cfg.save.every == 0)
+            if saves or figures:
+                books.write(figures, sync=saves)  # before the save: a run that resumes from it finds all its rows
+            if saves:
+                path, save_seconds = _save(job, done, tokens_seen, best)
+                away += save_seconds
+                print(f"saved {path} in {save_seconds:.2f} s", flush=True)  # into the log
+                saving = engine.clock.memory.take()
+                own.write({"step": done, "phase": "save", "phases": saving}, flush=True)
+                books.write({"save_seconds": save_seconds, **({"save_memory": saving["save"]} if saving else {})})
+            step_seconds = time.time() - begin_time
+            if number == first:  # what there is now stays: looked at again and again, it would keep the device waiting
+                gc.collect()
+                gc.freeze()
+            if ends:
+                break
     if saves:  # before any last words
         on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))
-    if done < total and _is_over(cfg, seen) and not result.stop:
-        _mark_finished(cfg, done, job.world)
-        screen.line(f"finished early, at step {done} of {total}: {_no_better(seen)}")
-        return
-    if done < total:
+    if done < total and (result.stop or not _is_over(cfg, seen)):
         raise InterruptedRunError(
             f"interrupted after step {done} of {total}, checkpoint saved; the same command goes on from there"
         )
-    _mark_finished(cfg, total, job.world)
-    end = f"; val_loss {val_loss:.4f}" if val_loss is not None else ""
-    screen.line(f"finished {total} steps in {time.perf_counter() - started:.0f} s{end}")
+    _mark_finished(cfg, done, job.world)
+    if done < total:
+        screen.line(f"finished early, at step {done} of {total}: {_no_better(seen)}")
+        return
+    end = f"; val_loss {figures['val_loss']:.4f}" if data.validation else ""
+    screen.line(f"finished {total} steps in {books.seconds:.0f} s{end}")
 
 
 def _mark_finished(cfg: RunConfig, steps: int, here: World) -> None:
     on_rank_zero(lambda: runlog.mark_finished(cfg.run_dir, {"steps": steps, "ranks": here.size}))
-
-
-def _line(row: dict[str, Any], total: int, first: int, val_loss: float | None, started: float) -> str:
-    """The live line: where the run stands, how well, how fast, and when it ends."""
-    done = row["step"]
-    left = (time.perf_counter() - started) / (done - first) * (total - done)
-    text = f"step {done}/{total} {bar(done, total, 16)} loss {row['loss']:.4f}"
-    if val_loss is not None:
-        text += f" val {val_loss:.4f}"
-    text += f" lr {row['lr']:.1e} norm {row['grad_norm']:.2f} {row['tokens_per_second']:,.0f} tokens/s"
-    if done >= first + 3:
-        text += f" {left / 60:.0f} min left" if left > 90 else f" {left:.0f} s left"
-    return f"{text}, {metrics.in_words(row)}"  # a terminal shows what it has room for
 
 
 def _must_end(stop: StopRequest, end_of_job: Deadline, step_seconds: float, save_seconds: float) -> bool:
@@ -334,13 +316,6 @@ def _is_over(cfg: RunConfig, seen: Validation) -> bool:
 
 def _no_better(seen: Validation) -> str:
     return f"no val_loss below {seen.best:.4f} (step {seen.step}) in {seen.waited} evaluations"
-
-
-def _validation_before(cfg: RunConfig, step: int) -> Validation:
-    """What was evaluated up to the step that a resumed run goes on from."""
-    if not step or not (cfg.run_dir / METRICS).is_file():
-        return Validation()
-    return validation_so_far([row for row in runlog.read_metrics(cfg.run_dir) if row["step"] <= step])
 
 
 def _check_space(cfg: RunConfig, parameters: setup.Parameters) -> None:
@@ -383,54 +358,6 @@ def _plan(
     for text in row["warnings"]:
         screen.line(f"warning  {text}")
     return job.cfg, row
-
-
-def _find_checkpoint(cfg: RunConfig) -> tuple[Path | None, list[str]]:
-    """Where to go on from, by `resume`, and what the user must hear of it; called on the first rank."""
-    folder = cfg.run_dir / CHECKPOINTS
-    found = checkpoints.list_checkpoints(folder)
-    if isinstance(cfg.resume, Path):
-        return _given_checkpoint(cfg.resume, found, cfg.run_dir), []
-    damaged = checkpoints.list_damaged(folder)
-    if cfg.resume == "never" and (found or damaged):
-        raise CheckpointError(
-            f"resume is never, but {cfg.run_dir} has checkpoints ({len(found) + len(damaged)}); "
-            "set another run_dir, or resume=auto"
-        )
-    if damaged and not found:
-        raise CheckpointError(
-            f"{cfg.run_dir} has no whole checkpoint ({damaged[-1][1]}); "
-            f"delete {folder} to start anew, or set another run_dir"
-        )
-    notes = [f"set aside as {path.name}: {what}" for path, what in checkpoints.set_aside_damaged(folder)]
-    return (found[-1][1] if found else None), notes
-
-
-def _given_checkpoint(path: Path, own: list[tuple[int, Path]], run_dir: Path) -> Path:
-    """The checkpoint named by `resume`, unless it is damaged or the run has gone further already."""
-    if not (path / checkpoint.STATE).is_file():
-        raise CheckpointError(
-            f"resume is {path}, which is no checkpoint: it has no {checkpoint.STATE}; "
-            "give a folder like checkpoints/step-000500"
-        )
-    if problem := checkpoints.damage(path, named=False):
-        raise CheckpointError(f"resume is {path}: {problem}")
-    step = checkpoint.read_state(path).step
-    later = [number for number, other in own if number > step]
-    if later:
-        raise CheckpointError(
-            f"resume is {path}, but {run_dir} has a checkpoint of step {later[-1]} already; "
-            "set resume=auto, or another run_dir"
-        )
-    return path
-
-
-def _read_state(cfg: RunConfig, identity: str, data: run_data.Data, path: Path) -> checkpoint.State:
-    """The checkpoint's state, once it is known to belong to this run; before anything heavy is loaded."""
-    saved = checkpoint.read_state(path)
-    now = setup.state_of(cfg, identity, data, saved.step, saved.tokens_seen)
-    checkpoint.check_resumable(saved, now, path)
-    return saved
 
 
 def _save(job: Job, step: int, tokens_seen: int, best: bool) -> tuple[Path, float]:

@@ -5,9 +5,10 @@ Autograd issues some in its backward, with no handle on the engine: hence one li
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -45,7 +46,7 @@ def exposed(device: torch.device) -> Iterator[None]:
 
 
 class PhaseClock:
-    """Seconds by phase. On a GPU the times are the device's own (events), read once at the end, without extra
+    """Seconds by phase. On a GPU the times are the device's own (events), read once a step, without extra
     waiting."""
 
     def __init__(self, device: torch.device):
@@ -77,18 +78,22 @@ class PhaseClock:
             self._spans.append(Span(name, start, time.perf_counter()))
             yield item
 
-    def seconds(self) -> dict[str, float]:
-        """Sum of each phase since the last call, and of `collectives`, which are in no phase but their own. The caller
-        has synchronised the device."""
-        sums: dict[str, float] = {}
-        waited = 0.0
-        for span in self._spans:
-            waits = sum(_between(start, end) for start, end in span.waits)
-            assert span.end is not None
-            sums[span.name] = sums.get(span.name, 0.0) + _between(span.start, span.end) - waits
-            waited += waits
-        self._spans.clear()
-        return {**sums, COLLECTIVES: waited}
+    def take(self) -> Callable[[], dict[str, float]]:
+        """What gives the sum of each phase since the last call, and of `collectives`, which are in no phase but their
+        own; to be called when the device is synchronised, but not while it waits: events are thousands a step."""
+        spans, self._spans = self._spans, []
+        return partial(_sums, spans)
+
+
+def _sums(spans: list[Span]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    waited = 0.0
+    for span in spans:
+        waits = sum(_between(start, end) for start, end in span.waits)
+        assert span.end is not None
+        sums[span.name] = sums.get(span.name, 0.0) + _between(span.start, span.end) - waits
+        waited += waits
+    return {**sums, COLLECTIVES: waited}
 
 
 def _now(device: torch.device) -> Moment:

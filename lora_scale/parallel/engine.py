@@ -34,12 +34,12 @@ from lora_scale.storage.steps import Step
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step did. `seconds` by phase: data, forward, backward, step, and `collectives`, the time of
-    these three in which this rank waited for others."""
+    """What one optimizer step did. `seconds()` by phase: data, forward, backward, step, and `collectives`, the time of
+    these three in which this rank waited for others; many events are read for it (`PhaseClock.take`)."""
 
     loss: float  # mean over the step's target tokens on all ranks, in nats
     grad_norm: float  # global, before clipping
-    seconds: dict[str, float]
+    seconds: Callable[[], dict[str, float]]
     stop: bool = False  # some rank was asked to stop; every rank sees the same
     own_loss: float = 0.0  # this rank's summed loss: not finite where its own rows made it so
 
@@ -191,12 +191,18 @@ class Engine:
         return self.start_step(step, number, lr, stop)()
 
     def start_step(
-        self, step: Step, number: int, lr: float, stop: Callable[[], bool] = bool
+        self,
+        step: Step,
+        number: int,
+        lr: float,
+        stop: Callable[[], bool] = bool,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Callable[[], StepResult]:
         """Forward and backward over this rank's micro-batches, then one optimizer step with learning rate `lr`; what is
         returned waits for the device, which is still at work.
 
         `stop()` says whether this rank was asked to stop; the answer, for all ranks, comes with the loss.
+        `meanwhile()` is called once, when a GPU has its first work of this step.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -207,6 +213,8 @@ class Engine:
             with self.clock.phase("forward"):
                 loss = self._loss_sum(batch, number)
                 total[0] += loss.detach()
+            if batch is step.micro_batches[0]:
+                meanwhile()
             with self.clock.phase("backward"):  # DeepSpeed averages gradients over ranks: give back the sum
                 self.ds.backward(loss * (self.grid.dp_size / max(1, step.target_tokens)), scale_wrt_gas=False)
             with self.clock.phase("step"):
@@ -225,7 +233,7 @@ class Engine:
     def _result(self, step: Step, found: Tensor) -> StepResult:
         summed, asked, own_loss, grad_norm = found.tolist()  # waits for the device: now the clock may be read
         mean = summed / self.grid.tp_size / max(1, step.target_tokens)  # a tensor-parallel group has one loss
-        return StepResult(mean, grad_norm, self.clock.seconds(), asked > 0, own_loss)
+        return StepResult(mean, grad_norm, self.clock.take(), asked > 0, own_loss)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the target tokens of all ranks' batches. Every rank gives equally many."""

@@ -1,5 +1,6 @@
 """What a step did and cost on this rank: one row of metrics.jsonl."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def row(
         "tokens_per_second": round(rate, 2),
         "tokens_per_second_per_gpu": round(per_gpu, 2),
         "tflops_4n": round(cost.tflops(job.work.flops_per_token, per_gpu), 4),
-        "phase_seconds": {phase: round(value, 6) for phase, value in result.seconds.items()},
+        "phase_seconds": {phase: round(value, 6) for phase, value in result.seconds().items()},
         "memory": measured,
     }
     if len(step.sources) > 1:
@@ -37,7 +38,7 @@ def row(
     return found
 
 
-def in_words(found: dict[str, Any]) -> str:
+def in_words(found: Mapping[str, Any]) -> str:
     """TFLOP/s, MFU and seconds by phase of a row, for the screen."""
     mfu = f" (MFU {found['mfu']:.1%})" if "mfu" in found else ""
     phases = " ".join(f"{phase} {seconds:.3g}" for phase, seconds in found["phase_seconds"].items())

@@ -47,6 +47,7 @@ def _gather_for_readers(exchange: Exchange, x: Tensor, group: Any) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad) or x.shape[0] > 1:
         return collectives.gather_sequence(x, group)
     total = _Sent(exchange)
+    marks.let_overwrite_gradient(x)  # it is the sum that `total` has made
     y = marks.gathered(_Gathered.apply(x, total), x, partial(collectives.begin_scatter, group=group))
     marks.let_readers_add(y, total)
     marks.let_arrive(y, total.arriving)
