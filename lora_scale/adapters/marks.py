@@ -174,7 +174,7 @@ def let_overwrite_gradient(x: Tensor) -> None:
     """The gradient that `x` gets is nobody else's: what gave `x` may write into it. torch's own nodes cannot know."""
     node: Any = x.grad_fn
     if isinstance(node, torch.autograd.function.BackwardCFunction):
-        node._owns_gradient = True
+        node._owns_gradient = True  # type: ignore[attr-defined]
 
 
 def owns_gradient(ctx: Any) -> bool:
