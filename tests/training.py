@@ -138,16 +138,14 @@ def run_cases(here: World, cases: dict[str, dict[str, Any]]) -> dict[str, Trace]
     return traces
 
 
-def reference(tree: dict[str, Any], steps: int = 0) -> Trace:
+def reference(tree: dict[str, Any], steps: int = 0, dtype: torch.dtype = torch.float32) -> Trace:
     """The same run, or its first steps, by transformers + PEFT + torch's own AdamW and clipping: one process, one
-    document at a time."""
+    document at a time. `dtype` is the base's; factors are fp32."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     cfg = RunConfig.model_validate(tree)
-    model = AutoModelForCausalLM.from_pretrained(
-        cfg.model.path, dtype=torch.float32, attn_implementation=cfg.model.attention
-    )
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=dtype, attn_implementation=cfg.model.attention)
     name_of: Callable[[str], str] = str
     context: DropoutContext | None = None
     if cfg.lora.dropout:  # PEFT's own masks are random: our layers on the plain model stand in for its
