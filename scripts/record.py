@@ -260,11 +260,8 @@ def _fault_table(file: str, record: dict[str, Any]) -> list[str]:
 
 
 def _link_table(file: str, record: dict[str, Any]) -> list[str]:
-    lines = [
-        f"## What crosses the link between hosts ({file})",
-        "",
-        f"{record['what']}; commit `{record['commit'][:10]}`; record [{file}]({file}).",
-        "",
+    lines = _head(f"What crosses the link between hosts ({file})", file, record)
+    lines += [
         "| `base_sharding` | base, MB | adapter's fp32 gradients, MB | MB a step on the card |",
         "|---|--:|--:|--:|",
     ]

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from lora_scale import cli
 from lora_scale.adapters import analysis, extraction, pairing, peft
 from lora_scale.adapters.targets import is_linear
-from lora_scale.commands import extract
 from lora_scale.parallel import load, verify
 from lora_scale.spec.config import LoraConfig, ModelConfig
 from lora_scale.storage.folder import fingerprint, open_folder
@@ -414,7 +413,7 @@ def test_a_used_folder_and_a_small_machine_are_refused(
     code, _, complaint = call(capfd, *arguments, tmp_path / "out")
     assert code == 2 and "which is not empty; name a new folder" in complaint
     with monkeypatch.context() as small:
-        small.setattr(extract.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+        small.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
         code, _, complaint = call(capfd, *arguments, tmp_path / "new")
         assert code == 3 and "10 bytes are free" in complaint and complaint.count("\n") == 1
     with monkeypatch.context() as small:

@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_scale import cli
 from lora_scale.adapters import merging, peft, rewriting
 from lora_scale.adapters.lora import adapt
-from lora_scale.commands import merge
 from lora_scale.spec.config import LoraConfig
 from lora_scale.spec.errors import CheckpointError
 from lora_scale.storage.folder import fingerprint, open_folder
@@ -430,7 +429,7 @@ def test_an_output_folder_that_is_used_stays_as_it_is(
 def test_too_little_disk_is_said_before_anything_is_written(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     code, _, complaint = call(capfd, adapter, "--base", base, "--out", tmp_path / "out")
     assert code == 3 and "10 bytes are free" in complaint and complaint.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from lora_scale.storage.card import adapter_card
 from lora_scale.storage.console import Console, bar, size
 from lora_scale.storage.durable import whole_directory, write_file
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
-from lora_scale.storage.staging import disk_errors
+from lora_scale.storage.staging import disk_errors, free_for
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Found = TypeVar("Found")
@@ -134,10 +133,9 @@ def _plan(folders: tuple[ModelFolder, ModelFolder], cfg: LoraConfig, screen: Con
 
 
 def _refuse_full_disk(plan: Plan, r: int, dtype: Dtype, out: Path) -> None:
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
     numel = sum(r * sum(plan.features(module)) for module in plan.layers)
     numel += sum(pair.base.numel for pair in plan.saved.values())
-    needed, free = numel * peft.DTYPES[dtype][1].itemsize, shutil.disk_usage(parent).free
+    needed, (free, parent) = numel * peft.DTYPES[dtype][1].itemsize, free_for(out)
     if needed > free:
         raise DoesNotFitError(
             f"{out} takes up to {size(needed)} of disk, {size(free)} are free in {parent}; give a lower --r, --dtype "

@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -27,7 +26,7 @@ from lora_scale.storage import companions, durable, hub
 from lora_scale.storage.card import merged_card
 from lora_scale.storage.console import Console, bar, size
 from lora_scale.storage.folder import ModelFolder, fingerprint, open_folder
-from lora_scale.storage.staging import disk_errors, resumable_directory, unfinished
+from lora_scale.storage.staging import disk_errors, free_for, resumable_directory, unfinished
 
 TASK = "merge.json"  # in the result: what was merged
 
@@ -173,10 +172,9 @@ def _write(plan: Plan, parts: Sequence[Part], task: dict[str, Any], out: Path, t
 
 
 def _refuse_full_disk(plan: Plan, out: Path) -> None:
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
     growing = unfinished(out)
     there = sum(file.stat().st_size for file in growing.iterdir()) if growing.is_dir() else 0
-    needed, free = plan.folder.nbytes - there, shutil.disk_usage(parent).free
+    needed, (free, parent) = plan.folder.nbytes - there, free_for(out)
     if needed > free:
         raise DoesNotFitError(f"{out} takes {size(needed)} of disk, {size(free)} are free in {parent}; nothing written")
 

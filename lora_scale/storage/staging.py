@@ -8,6 +8,7 @@ Knows the order of lock, write, sync and rename; knows nothing of what is writte
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -122,3 +123,9 @@ def disk_errors(what: str) -> Iterator[None]:
     except OSError as error:
         text = f"{what}: {error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
         raise (DoesNotFitError if error.errno in _FULL else LoraScaleError)(text) from error
+
+
+def free_for(out: Path) -> tuple[int, Path]:
+    """Bytes that are free where `out` will be, and the nearest folder above it that is there."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    return shutil.disk_usage(parent).free, parent
