@@ -9,7 +9,7 @@
 # PATH and what NCCL and gloo need reach them by DeepSpeed's file of variables, written here and removed at the end.
 # pdsh waits for ever when one host fails: `lora-scale launch` does not.
 #
-# Run: one host, and two hosts (namespaces), CPU ranks.
+# Run: one host with two GPUs; one host, and two hosts (namespaces), with CPU ranks.
 set -euo pipefail
 variables=$(mktemp)
 trap 'rm -f "$variables"' EXIT

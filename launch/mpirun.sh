@@ -8,7 +8,7 @@
 # `--bind-to none`: Open MPI would pin each process to one core. As root set OMPI_ALLOW_RUN_AS_ROOT=1 and
 # OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1. `-m mpi4py`: without it an exception leaves mpirun waiting in MPI_Finalize.
 #
-# Run: one host by hand (Open MPI 5.0.11), two hosts (namespaces, Open MPI 4.1.4), CPU ranks.
+# Run: one host with two GPUs (Open MPI 5.0.11); two hosts (namespaces, Open MPI 4.1.4) with CPU ranks.
 set -euo pipefail
 names=()
 for name in PATH LD_LIBRARY_PATH PYTHONPATH DS_ACCELERATOR OMP_NUM_THREADS HF_HOME MASTER_ADDR MASTER_PORT \

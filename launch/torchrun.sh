@@ -7,7 +7,7 @@
 #
 # MASTER names one of the hosts and a port that is free there. Needs no ssh and no hostfile.
 #
-# Run: one host, and two hosts (namespaces), CPU ranks.
+# Run: one host with two GPUs; one host, and two hosts (namespaces), with CPU ranks.
 set -euo pipefail
 exec torchrun --nnodes "${NODES:-1}" --nproc_per_node "${RANKS:-gpu}" \
     --rdzv_backend c10d --rdzv_endpoint "${MASTER:-localhost:0}" --rdzv_id "${JOB:-lora-scale}" \

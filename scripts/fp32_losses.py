@@ -120,7 +120,9 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, required=True, help="JSONL of {input_ids} of one length, in order of use")
     parser.add_argument("--blocks", type=int, default=2, help="rows of a step (default: 2)")
     parser.add_argument("--steps", type=int, default=4, help="default: 4")
-    parser.add_argument("--beside", type=Path, required=True, help="a record of `lora-scale bench` with runs to judge")
+    parser.add_argument(
+        "--beside", type=Path, nargs="+", required=True, help="records of `lora-scale bench` with runs to judge"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the record, .json")
     args = parser.parse_args()
     commit, began = provenance.commit_of_record("fp32_losses.py"), time.perf_counter()
@@ -128,12 +130,18 @@ def main() -> int:
         rows = [json.loads(line)["input_ids"] for line, _ in zip(file, range(args.steps * args.blocks), strict=False)]
     of_rows = shared(open_folder(args.model), rows)
     reference = [sum(of_rows[at : at + args.blocks]) / args.blocks for at in range(0, len(of_rows), args.blocks)]
-    runs = [row for row in json.loads(args.beside.read_text())["rows"] if "failed" not in row]
+    rows_beside = [row for path in args.beside for row in json.loads(path.read_text())["rows"]]
+    runs = [row for row in rows_beside if "failed" not in row]
     found = judged(reference, runs)
     if not int(os.environ.get("RANK", 0)):
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         record = provenance.head("losses beside fp32", "scripts/fp32_losses.py", commit, device)
-        record |= {"seconds": round(time.perf_counter() - began, 1), "fp32": reference, "runs": found}
+        record |= {
+            "kind": "fp32 losses",
+            "seconds": round(time.perf_counter() - began, 1),
+            "fp32": reference,
+            "runs": found,
+        }
         write_text_atomically(args.out, json.dumps(record, indent=1) + "\n")
         print(table(found))
     return 0

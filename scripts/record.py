@@ -21,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
+import fp32_losses
+import launchers
 import memory_grid
 import run_grid
 import subspaces
@@ -140,6 +142,10 @@ def tables(arguments: argparse.Namespace) -> None:
             text += _analyze_table(path.name, record)
         elif record.get("kind") == "subspaces":
             text += [*_head("Updates of three short runs", path.name, record), *subspaces.table(record), ""]
+        elif record.get("kind") == "fp32 losses":
+            text += [*_head("Losses in bf16 beside fp32", path.name, record), fp32_losses.table(record["runs"]), ""]
+        elif record.get("kind") == "launchers":
+            text += [*_head("One job by three launchers", path.name, record), *launchers.table(record["rows"]), ""]
         elif "title" in record:
             text += _table(path.name, record)
         if "signals" in record:

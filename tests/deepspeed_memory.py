@@ -89,13 +89,15 @@ def _by_category(ds: Any, ids: Tensor, before: set[int]) -> dict[str, int]:
 def _by_product(ds: Any, ids: Tensor, before: set[int]) -> dict[str, int]:
     """What the product's own walk finds, and every byte of storages there is but buffers, counters and flags."""
     seconds = []
+    walk = memory.Tracked(ds)
     for _ in range(5):
         started = time.thread_time()
-        tracked = memory.tracked(ds)
+        tracked = walk.now()
         seconds.append(time.thread_time() - started)
     aside = before | {ids.untyped_storage()._cdata} | {b.untyped_storage()._cdata for b in ds.module.buffers()}
     storages = {storage._cdata: storage.nbytes() for storage in _storages() if storage._cdata not in aside}
-    tensors = [t for _, tensors in memory._tensors(ds) for t in tensors if t is not None]
+    tensors = [t for _, tensors in walk._tensors() for t in tensors if t is not None]
+    tensors += [_held(p) for p in ds.module.parameters()]
     known = {t.untyped_storage()._cdata for t in tensors}  # a norm is as small as a flag
     del tracked["buffers"]
     found = {f"product's {name}": nbytes for name, nbytes in tracked.items()}

@@ -95,6 +95,11 @@ def test_warm_up_that_begins_at_zero_passes() -> None:
     guarded(two_layers(), [0.0, 1e-4, 2e-4, 3e-4])
 
 
+def test_a_rate_that_moves_nothing_is_taken_for_none() -> None:
+    """A run that only measures losses: at 1e-12 most of lora_A stays as it is to the bit."""
+    guarded(two_layers(), [1e-12, 1e-12, 1e-12])
+
+
 def test_a_step_without_targets_is_not_judged() -> None:
     model = two_layers()
     for name in ("q_proj", "v_proj"):

@@ -208,7 +208,7 @@ def _run(
     if resume and saved:
         checkpoint.restore(job.engine, resume, saved, job.key)
         screen.line(f"resumed  {resume}: {saved.step} of {data.plan.total_steps} steps are done")
-    loading = memory.measure(here.device, job.engine.ds, memory.since_start(here.device, "load"))
+    loading = memory.measure(here.device, job.engine.tracked, memory.since_start(here.device, "load"))
     own = stack.enter_context(runlog.RankMemory(cfg.run_dir, here.rank, step or None))
     own.write({"step": step, "phase": "load", **loading})
     kept: list[RunLog] = []
@@ -250,7 +250,8 @@ def _loop(
             snapshot.before(done)
             with pulse.step(done):
                 finish = engine.start_step(step, number, lr, must_end, books.settle)
-                held = memory.measure(job.world.device, engine.ds, engine.clock.memory.take())  # while the device works
+                phases = engine.clock.memory.take()
+                held = memory.measure(job.world.device, engine.tracked, phases)  # while the device works
                 own.write({"step": done, **held})
                 result = finish()
                 snapshot.after(done)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.adapters.dropout import DropoutContext
-from lora_scale.parallel import classes, gradients, masters, tensor_parallel, vocabulary, zero3
+from lora_scale.parallel import classes, gradients, masters, memory, tensor_parallel, vocabulary, zero3
 from lora_scale.parallel.clock import PhaseClock, exposed
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.vocabulary import IGNORED
@@ -174,9 +174,11 @@ class Engine:
         self._vocabulary = Part(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._parts = self.parts() if clips_itself(cfg) else []
-        self.clock = PhaseClock(self.world.device)
+        self.clock, self.tracked = PhaseClock(self.world.device), memory.Tracked(self.ds)
         if self.ds.zero_optimization_stage():
             zero3.around_waits(self.ds, partial(exposed, self.world.device))
+        else:
+            gradients.look_at_trained_only(self.ds, grid)
 
     def parts(self) -> list[masters.Part]:
         """This rank's run of every trainable tensor."""

@@ -49,6 +49,20 @@ def finish(ds: Any, parts: list[Part], shared: Spans, alike: frozenset[str], gri
     return norm
 
 
+def look_at_trained_only(ds: Any, grid: Grid) -> None:
+    """Stage 0: between backward and step DeepSpeed walks all parameters, frozen ones too, to reduce gradients that one
+    data-parallel rank has whole, and to forget them. At 100B a GPU has less work left than that takes."""
+    if grid.dp_size == 1:
+        ds.enable_backward_allreduce = False
+    trained = [p for p in ds.module.parameters() if p.requires_grad]
+
+    def forget() -> None:
+        for p in trained:
+            p.grad = None
+
+    ds.zero_grad = forget
+
+
 def _sum(tensors: list[Tensor], group: Any) -> None:
     """Sum flat tensors over a group, in place, in one collective. Every rank of the group has as many elements."""
     if not tensors:
@@ -67,10 +81,11 @@ def _squares(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 def _gradient(ds: Any, part: Part) -> Tensor | None:
-    """The gradient of this rank's run: flat, a view; None where there is none."""
+    """The gradient of this rank's run: flat, a view; None where this rank has no run."""
     if part.group is None:  # stage 0
-        gradient = part.parameter.grad
-        return None if gradient is None else gradient.view(-1)
+        if part.parameter.grad is None:  # an expert without tokens: Adam's moments fall all the same
+            part.parameter.grad = torch.zeros_like(part.parameter)
+        return part.parameter.grad.view(-1)
     offset = part.offset
     for tensor in ds.optimizer.averaged_gradients[part.group] if part.numel else ():  # end to end: one flat partition
         if offset < tensor.numel():

@@ -14,6 +14,7 @@ from lora_scale.spec.errors import TrainingError
 
 MAX_NAMED = 4  # ranks in one message
 MAX_WATCHED = 64 << 20  # elements of which a copy is kept for two steps, 256 MiB a rank; adapters are smaller
+LEAST_RATE = 1e-9  # below this nothing is meant to move: a run that only measures
 
 
 class LearningGuard:
@@ -22,8 +23,8 @@ class LearningGuard:
     at the first.
 
     A gradient shows in Adam's first moment; it alone is judged beyond MAX_WATCHED, and where all values are so large
-    that fp32 rounds such a learning rate away. Experts may see no token in a step, and a batch none of the new tokens:
-    they are listed, not refused.
+    that fp32 rounds such a learning rate away. A rate below LEAST_RATE is taken for none. Experts may see no token in a
+    step, and a batch none of the new tokens: they are listed, not refused.
     """
 
     def __init__(self, engine: Engine):
@@ -39,7 +40,7 @@ class LearningGuard:
 
     def after_step(self, number: int, lr: float, target_tokens: int) -> None:
         """Collective while the guard is active: two steps that had a learning rate and target tokens."""
-        if self._before is None or lr == 0.0 or target_tokens == 0:
+        if self._before is None or lr < LEAST_RATE or target_tokens == 0:
             return
         self._steps += 1
         checked = [p for p in self._parts if self._steps > 1 or not p.name.endswith("lora_A")]

@@ -20,13 +20,50 @@ _NVML: dict[str, Any] = {}
 _ASIDE: list[int] = []
 
 
-def tracked(ds: Any) -> dict[str, int]:
-    """Bytes that this rank's tensors hold now, by category of the plan; each storage counts in the first that has it.
+class Tracked:
+    """Bytes that this rank's tensors hold, by category of the plan; each storage counts in the first that has it.
 
-    Weights of ZeRO-3 count as their partition, and `gathered` is what whole copies of them are there beside it.
+    Weights of ZeRO-3 count as their partition, and `gathered` is what whole copies of them are there beside it. The
+    frozen base stays where it is and is looked at once: its thousands of tensors are not walked at every step.
     """
-    seen: set[int] = set()
-    return {category: _nbytes(tensors, seen) for category, tensors in _tensors(ds)}
+
+    def __init__(self, ds: Any):
+        self._ds = ds
+        parameters = list(ds.module.parameters())
+        self._trained = [p for p in parameters if p.requires_grad]
+        self._partitioned = [p for p in parameters if hasattr(p, "ds_tensor")]
+        self._gathering = getattr(ds.module, "gathering", None)  # of a flat base
+        flat = [self._gathering.base.memory] if self._gathering else []
+        self._base_storages: set[int] = set()
+        frozen = [_held(p) for p in parameters if not p.requires_grad]
+        self._base = _nbytes([*flat, *frozen], self._base_storages)
+        self._buffers = _nbytes(ds.module.buffers(), self._base_storages.copy())
+
+    def now(self) -> dict[str, int]:
+        seen = self._base_storages.copy()
+        changing = {category: _nbytes(tensors, seen) for category, tensors in self._tensors()}
+        return {"base": self._base, **changing, "buffers": self._buffers}
+
+    def _tensors(self) -> Iterator[tuple[str, list[Tensor | None]]]:
+        """Of all categories but the base and the buffers."""
+        optimizer, trained = self._ds.optimizer, self._trained
+        inner = getattr(optimizer, "optimizer", optimizer)
+        yield "trained", [*_flats(optimizer, _WORKING), *(_held(p) for p in trained)]
+        yield "master", _flats(optimizer, _MASTERS)
+        averaged = (getattr(optimizer, "averaged_gradients", None) or {}).values()
+        yield (
+            "gradients",
+            [
+                *_flats(optimizer, ("grad_partitions_flat_buffer", "fp32_groups_gradients_flat")),
+                *(p.grad for p in trained),
+                *(getattr(p, "grad_accum", None) for p in trained),
+                *(tensor for group in averaged for tensor in group or []),
+            ],
+        )
+        yield "adam", [t for state in inner.state.values() for name, t in state.items() if name != "step"]
+        yield "bucket", [_buffer(bucket.buffer) for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+        gathering = self._gathering
+        yield "gathered", [*(gathering.buffers if gathering else []), *(p.data for p in self._partitioned)]
 
 
 def _nbytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
@@ -39,35 +76,6 @@ def _nbytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     return total
-
-
-def _tensors(ds: Any) -> Iterator[tuple[str, list[Tensor | None]]]:
-    optimizer, parameters = ds.optimizer, list(ds.module.parameters())
-    inner = getattr(optimizer, "optimizer", optimizer)
-    gathering = getattr(ds.module, "gathering", None)  # of a flat base
-    yield (
-        "base",
-        [*([gathering.base.memory] if gathering else []), *(_held(p) for p in parameters if not p.requires_grad)],
-    )
-    yield "trained", [*_flats(optimizer, _WORKING), *(_held(p) for p in parameters if p.requires_grad)]
-    yield "master", _flats(optimizer, _MASTERS)
-    averaged = (getattr(optimizer, "averaged_gradients", None) or {}).values()
-    yield (
-        "gradients",
-        [
-            *_flats(optimizer, ("grad_partitions_flat_buffer", "fp32_groups_gradients_flat")),
-            *(p.grad for p in parameters),
-            *(getattr(p, "grad_accum", None) for p in parameters),
-            *(tensor for group in averaged for tensor in group or []),
-        ],
-    )
-    yield "adam", [t for state in inner.state.values() for name, t in state.items() if name != "step"]
-    yield "bucket", [_buffer(bucket.buffer) for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
-    yield (
-        "gathered",
-        [*(gathering.buffers if gathering else []), *(p.data for p in parameters if hasattr(p, "ds_tensor"))],
-    )
-    yield "buffers", list(ds.module.buffers())
 
 
 _WORKING = ("fp16_partitioned_groups_flat", "bit16_groups_flat", "bf16_groups_flat")
@@ -140,9 +148,9 @@ def _books(device: torch.device) -> dict[str, int]:
     return {name: stats[key] + aside for name, key in names.items()}
 
 
-def measure(device: torch.device, ds: Any, phases: dict[str, dict[str, int]]) -> dict[str, Any]:
+def measure(device: torch.device, tracked: Tracked, phases: dict[str, dict[str, int]]) -> dict[str, Any]:
     """This rank's memory at the end of a step, for its row of the metrics; GiB, and bytes by category and phase."""
-    categories = tracked(ds)
+    categories = tracked.now()
     status = host_memory()
     found: dict[str, Any] = {
         "rss_anon_gib": _gib(status["RssAnon"]),
