@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": _HEADS,
     "gpt_neox": {},
 }
+ATTENTION = {"gemma2": "eager", "qwen2": "documents", "phi3": "documents"}
 LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # data parallel x tensor parallel
 # ZeRO stage, recompute, dropout of the adapter; and sequence parallel in half of them, with and without each
 WAYS = [
@@ -89,7 +90,7 @@ def tree_of(
         rows,
         rows.parent / "run",
         data__packing=False,
-        model__attention="eager" if "gemma2" in folder.name else "sdpa",
+        model__attention=ATTENTION.get(folder.name, "sdpa"),
         train__max_steps=steps,
         train__global_batch_size=4,
         train__micro_batch_size=1 if alone else 4 // dp,

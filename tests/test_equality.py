@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 3, recompute": {"recompute": "all"},
     "stage 3, recompute one layer": {"recompute": 1},
     "stage 3, two blocks a pass": {"train__micro_batch_size": 2},
+    "stage 3, attention by documents": {"model__attention": "documents", "recompute": 1, "train__micro_batch_size": 2},
     "stage 3 by DeepSpeed": {"parallel__base_engine": "deepspeed"},
     "stage 3, adapter partitioned": {"parallel__adapter_sharding": "zero"},
     "stage 0": {"parallel__zero_stage": 0},

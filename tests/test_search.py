@@ -79,7 +79,7 @@ MEASURED: dict[str, tuple[str, int, dict[str, Any]]] = {  # record, run: shape, 
     "bench-100b-earlier, 100b-zero3-deepspeed": (
         "llama-100.7b", 2, {"recompute": 62, "parallel": {"base_engine": "deepspeed"}},
     ),
-    "bench-100b-overlap, 100b-tp2-overlap": ("llama-100.7b", 2, {"recompute": "none", "parallel": TP2}),
+    "bench-100b-evening, 100b-tp2-overlap": ("llama-100.7b", 2, {"recompute": "none", "parallel": TP2}),
     "bench-100b-earlier, 100b-tp2": ("llama-100.7b", 2, {"recompute": "none", "parallel": WAITS}),
     "bench-100b-earlier, 100b-tp2-plain": (
         "llama-100.7b", 2, {"recompute": 47, "kernels": "none", "parallel": WAITS},
@@ -116,7 +116,7 @@ def test_the_fastest_by_hand_is_the_fastest_by_search() -> None:
     best, *others = search.layouts(asked.model, asked.cfg, 2, 2, H200, asked.work)
     assert best.changes[:2] == ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
     assert best.cfg.recompute == "none"
-    _, measured = predicted_and_measured("bench-100b-overlap, 100b-tp2-overlap")
+    _, measured = predicted_and_measured("bench-100b-evening, 100b-tp2-overlap")
     assert best.tokens_per_second == pytest.approx(measured, rel=0.1)
     assert {1, 2} == {layout.tp for layout in (best, *others)}
 

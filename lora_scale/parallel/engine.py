@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.adapters.dropout import DropoutContext
-from lora_scale.parallel import classes, gradients, masters, memory, tensor_parallel, vocabulary, zero3
+from lora_scale.parallel import classes, documents, gradients, masters, memory, tensor_parallel, vocabulary, zero3
 from lora_scale.parallel.clock import PhaseClock, exposed
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.vocabulary import IGNORED
@@ -251,9 +251,9 @@ class Engine:
 
     def _loss_sum(self, batch: Batch, number: int) -> Tensor:
         """Cross-entropy summed over the batch's target tokens, fp32, shape ()."""
-        ids, labels, positions = (
-            _to(a, self.world.device) for a in (batch.input_ids, batch.labels, batch.position_ids)
-        )
+        documents.tell(batch.position_ids, self.world.device)
+        arrays = batch.input_ids, batch.labels, batch.position_ids
+        ids, labels, positions = (_to(array, self.world.device) for array in arrays)
         if self.dropout is not None:
             self.dropout.set(number, _to(batch.sample_ids, self.world.device), positions)
         if classes.in_model(self.module):

@@ -28,7 +28,7 @@ def job_of(cfg: RunConfig, folder: ModelFolder, data: Data, grid: Grid) -> Job |
         model = architecture(folder.config)
     except ModelError:
         return None
-    assumed = planning.assumed_work(model)
+    assumed = planning.assumed_work(model, cfg)
     shares_node = cfg.parallel.base_sharding == "node"
     per_node = dist.get_world_size(grid.base_group) * grid.tp_size if shares_node else None
     work = Work(masked=assumed.masked and has_masks(data), target_share=target_share(data))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora_scale.parallel import vocabulary
+from lora_scale.parallel import documents, vocabulary
 from lora_scale.parallel.grid import Grid
 from lora_scale.storage.prompts import Prompt
 
@@ -66,7 +66,7 @@ def generate(
     rounds = -(-len(batches) // grid.dp_size)
     was_training = model.training
     model.eval()
-    with _whole_logits(model, grid), torch.no_grad():
+    with _whole_logits(model, grid), documents.with_masks(model), torch.no_grad():
         for number in range(rounds):
             at = number * grid.dp_size + grid.dp_rank
             batch = batches[min(at, len(batches) - 1)]  # a rank without one takes part all the same

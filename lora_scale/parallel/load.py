@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_scale.adapters.lora import file_name
-from lora_scale.parallel import classes, reading
+from lora_scale.parallel import classes, documents, reading
 from lora_scale.parallel.flat import FlatBase
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.reading import Wanted
@@ -50,7 +50,7 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
             model = getattr(transformers, f"AutoModelFor{auto}").from_config(
                 config,
                 dtype=dtype_of(cfg),
-                attn_implementation=cfg.model.attention,
+                attn_implementation=_attention(cfg, config),
                 trust_remote_code=cfg.model.trust_remote_code,
             )
     except ImportError as error:
@@ -61,6 +61,11 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
         raise ModelError(f"{folder.path}: transformers cannot build this model: {_first(error)}") from error
     rebuild_buffers(model)
     return model.train()  # transformers builds in eval mode, where recompute is silently off
+
+
+def _attention(cfg: RunConfig, config: Any) -> str:
+    """By the name that transformers has for it."""
+    return documents.prepare(config.model_type) if cfg.model.attention == "documents" else cfg.model.attention
 
 
 def skeleton(folder: ModelFolder, model: ModelConfig) -> nn.Module:

@@ -34,14 +34,15 @@ class Job:
 
 def job_of(model: Architecture, cfg: RunConfig, grid: Grid, work: Work | None = None) -> Job:
     """A job to plan; its work is assumed where it is not known."""
-    return Job(model, cfg, grid, work or assumed_work(model), parts_of(model, cfg, grid.tp))
+    return Job(model, cfg, grid, work or assumed_work(model, cfg), parts_of(model, cfg, grid.tp))
 
 
-def assumed_work(model: Architecture) -> Work:
+def assumed_work(model: Architecture, cfg: RunConfig) -> Work:
     """What a plan assumes before it has seen data: the larger case of each. Families that tell documents apart by their
-    positions get a mask where a block holds two, or padding."""
+    positions get a mask where a block holds two, or padding; `model.attention: documents` has none."""
     row = family(model.model_type)
-    return Work(masked=row is None or row.packs, target_share=1.0)
+    masked = cfg.model.attention != "documents" and (row is None or row.packs)
+    return Work(masked=masked, target_share=1.0)
 
 
 def plan(job: Job) -> dict[str, Any]:

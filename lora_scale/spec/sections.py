@@ -30,8 +30,9 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub; ignored for a folder."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Read that code first."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation, by transformers' names."""
+    attention: Literal["sdpa", "documents", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation, by transformers' names; `documents` is ours: without masks, and nothing is computed
+    between the documents of a block."""
     dropout: Fraction = 0.0
     """Dropout probability of the base's own layers. Not the adapter's: that is `lora.dropout`."""
 

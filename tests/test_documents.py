@@ -1,0 +1,134 @@
+"""`model.attention: documents` against transformers' masks: the function, every family, generation, the plan."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_folder
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lora_scale.parallel import documents
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.planning import assumed_work
+from lora_scale.spec.shapes import architecture
+from lora_scale.storage.folder import open_folder
+
+LENGTHS = ((5, 9, 1, 17), (32,), (31, 1))  # of the documents in each row
+CPU = torch.device("cpu")
+
+
+def positions(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> np.ndarray:
+    return np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+
+
+def heads(device: torch.device = CPU, dtype: torch.dtype = torch.float32, features: int = 8) -> tuple[Tensor, ...]:
+    """Queries, keys and values; fewer heads of keys."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = (4, 2, 2)
+    made = (torch.randn(len(LENGTHS), n, 32, features, generator=draw) for n in sizes)
+    return tuple(t.to(device, dtype).requires_grad_() for t in made)
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
+    """The same with a mask, all heads of keys written out."""
+    place = torch.as_tensor(positions())
+    number = (place == 0).cumsum(1)
+    age = torch.arange(32)[:, None] - torch.arange(32)
+    seen = (number[:, :, None] == number[:, None]) & (age >= 0) & (age < (window or 99))
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    mask = seen[:, None].to(query.device)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling).transpose(1, 2)
+
+
+def results(function: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output and gradients."""
+    out = function(*inputs)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+@pytest.mark.parametrize("window", [None, 6, 40])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_equal_to_a_mask(window: int | None, scaling: float | None) -> None:
+    documents.tell(positions(), CPU)
+    found = results(
+        lambda *t: documents.attention(torch.nn.Module(), *t, None, scaling=scaling, sliding_window=window)[0], heads()
+    )
+    wanted = results(lambda *t: masked(*t, window, scaling), heads())
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_another_batch_than_was_told_is_an_error() -> None:
+    documents.tell(positions(((32,),)), CPU)
+    with pytest.raises(AssertionError, match="told of another batch"):
+        documents.attention(torch.nn.Module(), *heads(), None)
+
+
+@pytest.mark.parametrize("kind", documents.FAMILIES)
+def test_every_family_gives_the_logits_it_gives_with_masks(kind: str, tmp_path: Path) -> None:
+    """Mistral's and Phi-3's window is narrower than the longest document."""
+    changes = {"sliding_window": 6} if kind in ("mistral", "phi3") else {}
+    folder = tiny_folder(tmp_path / "model", kind, **changes)
+    place = torch.as_tensor(positions())
+    ids = torch.randint(3, 90, place.shape, generator=torch.Generator().manual_seed(0))
+    logits = {}
+    for name in ("sdpa", documents.prepare(kind)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=name)
+        documents.tell(place.numpy(), CPU)
+        with torch.no_grad():
+            logits[name] = model(input_ids=ids, position_ids=place, use_cache=False).logits
+    torch.testing.assert_close(logits["sdpa"], logits[documents.NAME], rtol=1e-5, atol=1e-5)
+
+
+def test_generation_has_its_masks(tmp_path: Path) -> None:
+    """Rows padded on the left, and kept keys."""
+    folder = tiny_folder(tmp_path / "model")
+    ids = torch.tensor([[2, 2, 2, 5, 7], [3, 9, 4, 8, 6]])
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+    found = {}
+    for name in ("sdpa", documents.prepare("llama")):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=name)
+        with documents.with_masks(model):
+            found[name] = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        assert model.config._attn_implementation == name, "as it was"
+    assert torch.equal(found["sdpa"], found[documents.NAME])
+
+
+def test_a_family_with_more_to_its_attention_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"is documents, which is not known to be .* 'gemma2'.* Set model.attention=sdpa"
+    ):
+        documents.prepare("gemma2")
+
+
+def test_the_plan_has_no_mask(tmp_path: Path) -> None:
+    model = architecture(open_folder(tiny_folder(tmp_path / "model")).config)
+    tree = {"data": {"train": "-"}, "run_dir": "-", "train": {"max_steps": 1}}
+    for attention, wanted in (("sdpa", True), ("documents", False)):
+        cfg = RunConfig.model_validate({"model": {"path": "-", "attention": attention}, **tree})
+        assert assumed_work(model, cfg).masked is wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_flash_kernel_is_as_near_to_fp32_as_a_mask(window: int | None) -> None:
+    """bf16, by the ratio rule: errors against fp32 are at most twice those of masked attention."""
+    device = torch.device("cuda")
+    documents.tell(positions(), device)
+    ours = results(
+        lambda *t: documents.attention(torch.nn.Module(), *t, None, sliding_window=window)[0],
+        heads(device, torch.bfloat16, 64),
+    )
+    plain = results(lambda *t: masked(*t, window, None), heads(device, torch.bfloat16, 64))
+    exact = results(
+        lambda *t: masked(*t, window, None),
+        tuple(t.detach().float().requires_grad_() for t in heads(device, torch.bfloat16, 64)),
+    )
+    for one, other, true in zip(ours, plain, exact, strict=True):
+        assert (one.float() - true).norm() <= 2 * (other.float() - true).norm()
