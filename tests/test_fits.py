@@ -12,7 +12,7 @@ from training import config, write_rows
 from lora_scale.parallel import fits
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.grid import Grid
-from lora_scale.parallel.memory import PhaseMemory, Snapshot, measure, since_start
+from lora_scale.parallel.memory import PhaseMemory, Snapshot, Tracked, measure, since_start
 from lora_scale.parallel.world import World
 from lora_scale.spec import planning
 from lora_scale.spec.config import RunConfig
@@ -85,5 +85,5 @@ def test_a_cpu_has_no_books(tmp_path: Path) -> None:
         module = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(module.parameters())
 
-    found = measure(cpu, Nothing, {})
+    found = measure(cpu, Tracked(Nothing), {})
     assert found["rss_anon_gib"] > 0 and found["tracked"] == found["categories"]["trained"] == 2 * 2 * 4 + 2 * 4
