@@ -60,9 +60,9 @@ def tell(position_ids: np.ndarray, device: torch.device) -> None:
     tokens = position_ids.shape[1]
     starts = [[*np.flatnonzero(row == 0).tolist(), tokens] for row in position_ids]
     longest = max(end - start for row in starts for start, end in pairwise(row))
+    ends = [row * tokens + end for row, its in enumerate(starts) for end in its[1:]]
     cuts = None
-    if device.type == "cuda":
-        ends = [row * tokens + end for row, its in enumerate(starts) for end in its[1:]]
+    if device.type == "cuda" and len(ends) > len(starts):
         cuts = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
     _told[:] = [Batch(starts, longest, cuts)]
 

@@ -251,11 +251,11 @@ class Engine:
 
     def _loss_sum(self, batch: Batch, number: int) -> Tensor:
         """Cross-entropy summed over the batch's target tokens, fp32, shape ()."""
-        documents.tell(batch.position_ids, self.world.device)
-        arrays = batch.input_ids, batch.labels, batch.position_ids
-        ids, labels, positions = (_to(array, self.world.device) for array in arrays)
+        if self.cfg.model.attention == "documents":
+            documents.tell(batch.position_ids, self.world.device)
+        ids, labels, places = (_to(x, self.world.device) for x in (batch.input_ids, batch.labels, batch.position_ids))
         if self.dropout is not None:
-            self.dropout.set(number, _to(batch.sample_ids, self.world.device), positions)
+            self.dropout.set(number, _to(batch.sample_ids, self.world.device), places)
         if classes.in_model(self.module):
             return classes.loss_sum(self.ds, ids, labels)
         kept = positions_with_target(batch.labels)
@@ -263,7 +263,7 @@ class Engine:
         if kept is not None and self._can_leave_out:
             kept_here = _to(kept, self.world.device)
             options, labels = {"logits_to_keep": kept_here}, labels[:, kept_here]
-        logits = self.ds(input_ids=ids, position_ids=positions, use_cache=False, **options).logits.flatten(0, 1)
+        logits = self.ds(input_ids=ids, position_ids=places, use_cache=False, **options).logits.flatten(0, 1)
         if self.grid.tp_size > 1:
             first, _ = self._vocabulary.span(self.grid.tp_rank, self.grid.tp_size)
             return vocabulary.cross_entropy(logits, labels.flatten(), first, self.grid.tp_group)

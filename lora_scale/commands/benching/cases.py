@@ -46,6 +46,7 @@ DEEPSPEED = "parallel.base_engine=deepspeed"  # gathers the base too
 DOCUMENTED = "--ckpt=1"  # the defaults of the script: what the documentation of PEFT and DeepSpeed says
 LEAF = ("--liger=1", "--leaf=1", "--prefetch=1.2e9")  # a decoder layer of this shape is 1.11e9 elements
 STILL, STILL_PEER = "train.lr=1e-12", "--lr=1e-12"  # nothing is learned: losses of the checkpoint's own weights
+DOCUMENTS, UNASKED = "model.attention=documents", "nobody asks the GPU whether rows are packed"
 LEAST = "the least recompute that should fit"  # by arithmetic, not tried yet
 
 
@@ -69,6 +70,7 @@ def _on_100b(*settings: str, peer: str | None = None, note: str = "") -> Case:
 CASES: dict[str, Case] = {
     # point 4: one GPU
     "7b-1gpu": _on_7b(1, *WHOLE, NONE),
+    "7b-1gpu-documents": _on_7b(1, *WHOLE, NONE, DOCUMENTS, note=UNASKED),
     "7b-1gpu-peft": _on_7b(1, "--ckpt=0", peer="peft_single", note="PEFT alone, in a plain loop"),
     "7b-1gpu-peft-liger-compile": _on_7b(
         1, "--ckpt=0", "--liger=1", "--compile=model", peer="peft_single", note="torch.compile as PEFT documents it"
@@ -104,6 +106,7 @@ CASES: dict[str, Case] = {
     "34b-peft-zero3-liger": _on_slice("slice-34.0b", 2, "--ckpt=0", *LEAF, peer="peft_zero3"),
     # point 1
     "100b-tp2-overlap": _on_100b(*TP2, AUTO, note="tokens are exchanged behind products"),
+    "100b-tp2-documents": _on_100b(*TP2, AUTO, DOCUMENTS, note=UNASKED),
     "100b-tp2": _on_100b(*TP2, AUTO, "parallel.overlap=false", note="waits for collectives"),
     "100b-zero3": _on_100b(*ZERO3, AUTO),
     "100b-zero3-collective": _on_100b(*ZERO3, AUTO, "parallel.base_transport=collective", note="all-gathers"),
