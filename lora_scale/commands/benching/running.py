@@ -67,7 +67,7 @@ def measure(name: str, case: Case, bench: Bench) -> Row:
         return row | {"failed": str(error)}
     bench.log(name).parent.mkdir(parents=True, exist_ok=True)
     bench.log(name).unlink(missing_ok=True)
-    row["command"] = shlex.join(["python", *command[1:]])
+    row["command"] = shlex.join(["python", *(word.removeprefix(f"{materials.ROOT}/") for word in command[1:])])
     began = time.monotonic()
     ranks = 0 if case.peer in ALONE else case.gpus
     code = processes.run(command, ranks, bench.log(name), case.limit, materials.ROOT)
