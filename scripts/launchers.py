@@ -55,9 +55,8 @@ def run(launcher: str, number: int, folder: Path) -> dict[str, Any]:
             f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
     rows = [row for row in read_metrics(run_dir) if "loss" in row]
-    seconds = [row["seconds"] for row in rows]
-    row = {"launcher": launcher, "round": number, "losses": [row["loss"] for row in rows], "seconds": seconds}
-    return {**row, "device": read_manifest(run_dir)["hardware"]["device"]}
+    losses, seconds = [row["loss"] for row in rows], [row["seconds"] for row in rows]
+    return {"launcher": launcher, "round": number, "losses": losses, "seconds": seconds}
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -84,19 +83,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = args.model.resolve() if args.model else _tiny(folder / "model")
-        config = CONFIG.format(model=model, seq_len=args.seq_len, steps=args.steps)
-        (folder / "config.yaml").write_text(config)
+        (folder / "config.yaml").write_text(CONFIG.format(model=model, seq_len=args.seq_len, steps=args.steps))
         choose = random.Random(0).choices
         lines = (json.dumps({"input_ids": choose(range(3, 90), k=args.seq_len)}) + "\n" for _ in range(64))
         (folder / "rows.jsonl").write_text("".join(lines))
         rows = [run(launcher, number, folder) for number in range(1, args.rounds + 1) for launcher in LAUNCHERS]
-    device = rows[0].pop("device")
+        device = read_manifest(folder / f"{LAUNCHERS[0]}-1")["hardware"]["device"]
     record = provenance.head("one job by three launchers", "scripts/launchers.py", commit, device or "")
-    record |= {
-        "kind": "launchers",
-        "config": config,
-        "rows": [{k: v for k, v in r.items() if k != "device"} for r in rows],
-    }
+    record |= {"kind": "launchers", "rows": rows}
     write_text_atomically(args.out, json.dumps(record, indent=1) + "\n")
     print("\n".join(table(rows)))
 

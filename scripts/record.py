@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import fp32_losses
 import launchers
 import memory_grid
+import real_rows
 import run_grid
 import subspaces
 
@@ -146,6 +147,9 @@ def tables(arguments: argparse.Namespace) -> None:
             text += [*_head("Losses in bf16 beside fp32", path.name, record), fp32_losses.table(record["runs"]), ""]
         elif record.get("kind") == "launchers":
             text += [*_head("One job by three launchers", path.name, record), *launchers.table(record["rows"]), ""]
+        elif record.get("kind") == "real rows":
+            head = _head("Real rows under tensor parallelism", path.name, record)
+            text += [*head, *real_rows.table(record["runs"]), ""]
         elif "title" in record:
             text += _table(path.name, record)
         if "signals" in record:
