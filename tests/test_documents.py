@@ -1,6 +1,9 @@
 """`model.attention: documents` against transformers' masks: the function, every family, generation, the plan."""
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from tiny import tiny_folder
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lora_scale.parallel import documents
+from lora_scale.parallel import documents, flash3
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.planning import assumed_work
@@ -34,9 +37,16 @@ def heads(device: torch.device = CPU, dtype: torch.dtype = torch.float32, featur
     return tuple(t.to(device, dtype).requires_grad_() for t in made)
 
 
-def masked(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
+def masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scaling: float | None,
+    lengths: tuple[tuple[int, ...], ...] = LENGTHS,
+) -> Tensor:
     """The same with a mask, all heads of keys written out."""
-    place = torch.as_tensor(positions())
+    place = torch.as_tensor(positions(lengths))
     number = (place == 0).cumsum(1)
     age = torch.arange(32)[:, None] - torch.arange(32)
     seen = (number[:, :, None] == number[:, None]) & (age >= 0) & (age < (window or 99))
@@ -115,11 +125,76 @@ def test_the_plan_has_no_mask(tmp_path: Path) -> None:
         assert assumed_work(model, cfg).masked is wanted
 
 
-@pytest.mark.gpu
+@pytest.fixture
+def flash3_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Operators in the place of FlashAttention-3's, in fp32 without a kernel; the words of each call."""
+    seen: list[dict[str, Any]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> Tensor:
+        seen.append(how)
+        assert how["is_causal"] and how.get("max_seqlen_q") in (None, 32)
+        cuts = how.get("cu_seqlens_q")
+        rows = [(q, k, v)] if cuts is None else [[t[a:b][None] for t in (q, k, v)] for a, b in pairwise(cuts.tolist())]
+        found = []
+        for row in rows:
+            one, two, three = (t.float().transpose(1, 2) for t in row)
+            age = torch.arange(one.shape[2])[:, None] - torch.arange(one.shape[2])
+            left = how["window_size_left"]
+            mask = (age >= 0) & (age <= (left if left >= 0 else 99))
+            out = F.scaled_dot_product_attention(
+                one, two, three, attn_mask=mask, scale=how["softmax_scale"], enable_gqa=True
+            )
+            found.append(out.transpose(1, 2).to(q.dtype))
+        return found[0] if cuts is None else torch.cat(found, 1)[0]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *, num_splits: int, **how: Any) -> tuple[Tensor, ...]:
+        return attend(q, k, v, how), q.new_zeros(1), q.new_zeros(1), q.new_zeros(1)
+
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **how: Any
+    ) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            return torch.autograd.grad(attend(*leaves, how), leaves, dout)
+
+    monkeypatch.setattr(torch.ops, "flash_attn_3", SimpleNamespace(fwd=forward, bwd=backward), raising=False)
+    monkeypatch.setattr(flash3, "found", lambda _: "this test")
+    return seen
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, ((32,),) * 3])
 @pytest.mark.parametrize("window", [None, 6])
-def test_the_flash_kernel_is_as_near_to_fp32_as_a_mask(window: int | None) -> None:
+def test_flash_attention_3_is_told_the_documents(
+    lengths: tuple[tuple[int, ...], ...], window: int | None, flash3_on_cpu: list[dict[str, Any]]
+) -> None:
+    """What is given to it, and the gradient's way back; the kernel itself only on a GPU."""
+    documents.tell(positions(lengths), CPU)
+    if not documents._told[0].is_whole:
+        ends = [0, 5, 14, 15, 32, 64, 95, 96]
+        documents._told[0] = replace(documents._told[0], cuts=torch.tensor(ends, dtype=torch.int32))
+    call: Any = lambda *t: documents.attention(torch.nn.Module(), *t, None, scaling=0.3, sliding_window=window)[0]  # noqa: E731
+    rough = heads(dtype=torch.bfloat16)
+    found = results(call, rough)
+    assert len(flash3_on_cpu) == 2, "not another kernel"
+    wanted = results(
+        lambda *t: masked(*t, window, 0.3, lengths), tuple(t.detach().float().requires_grad_() for t in rough)
+    )
+    for ours, true in zip(found, wanted, strict=True):
+        assert (ours.float() - true).norm() <= 2**-8 * true.norm(), "rounded to bf16"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["torch", "flash3"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_kernels_are_as_near_to_fp32_as_a_mask(
+    window: int | None, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """bf16, by the ratio rule: errors against fp32 are at most twice those of masked attention."""
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
+    if kernel == "torch":
+        monkeypatch.setattr(flash3, "found", lambda _: None)
+    elif not flash3.found(device):
+        pytest.skip("no FlashAttention-3 here")
     documents.tell(positions(), device)
     ours = results(
         lambda *t: documents.attention(torch.nn.Module(), *t, None, sliding_window=window)[0],

@@ -18,7 +18,7 @@ import torch
 
 from lora_scale.commands.training import resuming
 from lora_scale.commands.training.books import Books
-from lora_scale.parallel import checkpoint, fits, guards, local, memory, metrics, mpi, setup, world
+from lora_scale.parallel import checkpoint, documents, fits, guards, local, memory, metrics, mpi, setup, world
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
 from lora_scale.parallel.pace import Pace
@@ -397,6 +397,7 @@ def _open_log(job: Job, config: Path, step: int, planned: dict[str, Any], loadin
             "commit": provenance.commit(),
             "versions": provenance.versions(),
             "hardware": world.hardware(job.world),
+            "attention": documents.kernel(job.cfg.model.attention, job.world.device),
             "ranks": job.world.size,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_step": step,

@@ -2,9 +2,10 @@
 is computed between documents.
 
 transformers asks for it by `NAME`, for which it makes no masks. Where documents begin is told on the host before each
-pass, so nothing waits for the device; transformers' own look for packed documents does, once a pass. On a GPU several
-documents are one call of torch's flash kernel (its `cu_seqlens`), and a document a row is torch's
-`scaled_dot_product_attention`, whichever kernel that takes; elsewhere documents are taken one after the other.
+pass, so nothing waits for the device; transformers' own look for packed documents does, once a pass. On a Hopper GPU
+with FlashAttention-3 at hand that computes it (`parallel/flash3.py`). On others several documents are one call of
+torch's flash kernel (its `cu_seqlens`), and a document a row is torch's `scaled_dot_product_attention`, whichever
+kernel that takes; elsewhere documents are taken one after the other.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_scale.parallel import flash3
 from lora_scale.spec.errors import ConfigError
 
 NAME = "lora_scale_documents"
@@ -52,6 +54,14 @@ def prepare(model_type: str) -> str:
         )
     AttentionInterface.register(NAME, attention)
     return NAME
+
+
+def kernel(attention: str, device: torch.device) -> str:
+    """`model.attention`, and for documents what computes it on this device: for the manifest."""
+    if attention != "documents":
+        return attention
+    source = flash3.found(device)
+    return f"documents, by FlashAttention-3 of {source}" if source else "documents, by torch"
 
 
 def tell(position_ids: np.ndarray, device: torch.device) -> None:
@@ -98,9 +108,12 @@ def attention(
     rows, tokens = len(query), query.shape[2]
     assert attention_mask is None and len(batch.starts) == rows and key.shape[2] == tokens, "told of another batch"
     window = sliding_window if sliding_window and sliding_window < batch.longest else None
+    in_16_bits = query.dtype in (torch.bfloat16, torch.float16)
+    if in_16_bits and not dropout and flash3.found(query.device):
+        return _hopper(query, key, value, scaling, window, batch), None
     if batch.is_whole:
         return _within(query, key, value, dropout, scaling, window), None
-    if batch.cuts is not None and query.dtype in (torch.bfloat16, torch.float16):
+    if batch.cuts is not None and in_16_bits:
         return _flash(query, key, value, dropout, scaling, window, batch), None
     found = []
     for row, starts in enumerate(batch.starts):
@@ -138,10 +151,30 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None, batch: Batch
 ) -> Tensor:
     """All documents of all rows end to end."""
-    rows, tokens, features = len(query), query.shape[2], query.shape[3]
-    flat = [t.transpose(1, 2).reshape(rows * tokens, t.shape[1], features) for t in (query, key, value)]
+    rows, tokens = len(query), query.shape[2]
+    flat = [_end_to_end(t) for t in (query, key, value)]
     sizes = (batch.cuts, batch.cuts, batch.longest, batch.longest)
     before = None if window is None else window - 1
     more: dict[str, Any] = {"scale": scaling, "window_size_left": before, "window_size_right": None}
     out, *_ = torch.ops.aten._flash_attention_forward(*flat, *sizes, dropout, True, False, **more)
     return out.view(rows, tokens, *out.shape[1:])
+
+
+def _hopper(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, batch: Batch
+) -> Tensor:
+    """All documents of all rows, by FlashAttention-3."""
+    lay = _end_to_end if batch.cuts is not None else _by_token
+    how = flash3.How(query.shape[-1] ** -0.5 if scaling is None else scaling, window, batch.cuts, batch.longest)
+    out = flash3.attend(lay(query), lay(key), lay(value), how)
+    return out.view(len(query), query.shape[2], *out.shape[-2:])
+
+
+def _by_token(heads: Tensor) -> Tensor:
+    """(rows, heads, tokens, features) -> (rows, tokens, heads, features)."""
+    return heads.transpose(1, 2)
+
+
+def _end_to_end(heads: Tensor) -> Tensor:
+    """(rows, heads, tokens, features) -> (rows * tokens, heads, features)."""
+    return heads.transpose(1, 2).flatten(0, 1)

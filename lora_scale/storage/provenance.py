@@ -24,6 +24,8 @@ PACKAGES = (
     "mpi4py",
     "liger-kernel",
     "triton",
+    "flash-attn-3",
+    "xformers",
 )
 
 

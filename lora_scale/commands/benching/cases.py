@@ -107,6 +107,7 @@ CASES: dict[str, Case] = {
     # point 1
     "100b-tp2-overlap": _on_100b(*TP2, AUTO, note="tokens are exchanged behind products"),
     "100b-tp2-documents": _on_100b(*TP2, AUTO, DOCUMENTS, note=UNASKED),
+    "100b-zero3-documents": _on_100b(*ZERO3, AUTO, DOCUMENTS, note=UNASKED),
     "100b-tp2": _on_100b(*TP2, AUTO, "parallel.overlap=false", note="waits for collectives"),
     "100b-zero3": _on_100b(*ZERO3, AUTO),
     "100b-zero3-collective": _on_100b(*ZERO3, AUTO, "parallel.base_transport=collective", note="all-gathers"),

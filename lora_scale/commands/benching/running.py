@@ -117,6 +117,7 @@ def _our_figures(run_dir: Path) -> Row:
         "reserved_gib": _largest(rows, "peak_reserved_gib"),
         "load_seconds": manifest["load"]["seconds"],
         "device": manifest["hardware"]["device"],
+        "attention": manifest["attention"],
         "phase_seconds": {
             phase: round(statistics.median(row["phase_seconds"].get(phase, 0.0) for row in rows[SKIPPED:]), 4)
             for phase in sorted(phases)
