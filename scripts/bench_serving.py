@@ -4,12 +4,14 @@
     python scripts/make_checkpoint.py 1b bench/1b
     python scripts/bench_serving.py switch  --model bench/1b --adapters 100 --out docs/benchmarks/NAME.json
     python scripts/bench_serving.py latency --model bench/1b --out docs/benchmarks/NAME.json
+    python scripts/bench_serving.py generate --model bench/1b --out docs/benchmarks/NAME.json
     torchrun --nproc_per_node 2 scripts/bench_serving.py latency --model bench/1b --tp 2 --out ...
 
 Random factors: neither time depends on their values. Times are from before the call until the device is idle, median
 and quartiles over the counted passes. `latency` is the LoRA paper's Table 1: one forward pass over BATCHxTOKENS, and
 one more token after them with a key-value cache; the base is measured first and last, which shows the noise. PEFT runs
 in one process only, with its factors in fp32 (its default, which also computes them in fp32) and in the base's dtype.
+`generate`: tokens a second of greedy generation with a key-value cache, transformers' beside `lora-scale generate`'s.
 A tree with uncommitted changes is refused with --out.
 """
 
@@ -29,14 +31,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora_scale.adapters.peft import Adapter
 from lora_scale.adapters.targets import features, select_targets
+from lora_scale.parallel import generation, load, serving, setup, world
 from lora_scale.parallel import grid as grids
-from lora_scale.parallel import load, serving, setup, world
+from lora_scale.parallel.generation import Sampling
 from lora_scale.spec import configfile
 from lora_scale.spec.config import LoraConfig, RunConfig
 from lora_scale.storage import provenance
 from lora_scale.storage.folder import ModelFolder, open_folder
+from lora_scale.storage.prompts import Prompt
 
 Times = dict[str, Any]
+NEW = 64  # tokens that `generate` writes after each prompt
 
 
 def adapters_of(folder: ModelFolder, cfg: RunConfig, lora: LoraConfig, count: int) -> dict[str, tuple[Path, Adapter]]:
@@ -73,7 +78,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def switch(args: argparse.Namespace, cfg: RunConfig, grid: grids.Grid) -> dict[str, Any]:
     """Milliseconds and bytes of one switch, adapters on the device and on the host; and that it has switched."""
     folder = open_folder(args.model)
@@ -106,7 +111,7 @@ def switch(args: argparse.Namespace, cfg: RunConfig, grid: grids.Grid) -> dict[s
     return {"adapters": args.adapters, "rows": rows}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def latency(args: argparse.Namespace, cfg: RunConfig, grid: grids.Grid) -> dict[str, Any]:
     """Rows of every way x setting."""
     folder, rows = open_folder(args.model), []
@@ -126,6 +131,46 @@ def latency(args: argparse.Namespace, cfg: RunConfig, grid: grids.Grid) -> dict[
             if grid.world.is_first:
                 print(json.dumps(rows[-1]), flush=True)
     return {"rows": rows}
+
+
+def generate(args: argparse.Namespace, cfg: RunConfig, grid: grids.Grid) -> dict[str, Any]:
+    """New tokens a second, NEW a prompt, greedy: transformers' `generate` on its own model and PEFT's, and ours."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    vocabulary = open_folder(args.model).config["vocab_size"]
+    rows = []
+    for way, model in ways(args, cfg, grid, open_folder(args.model)):
+        for setting in args.setting or ["1x128", "16x256"]:
+            batch, tokens = map(int, setting.split("x"))
+            ids = torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
+            prompts = [Prompt(number, "", tuple(row), None) for number, row in enumerate(ids.tolist(), 1)]
+            made: list[int] = []
+
+            def by_us() -> None:
+                found = generation.generate(model, tokenizer, prompts, (), Sampling(NEW, batch), grid)  # noqa: B023
+                made[:] = [len(one.ids) for one in found]  # noqa: B023
+
+            def by_transformers() -> None:
+                here = ids.to(grid.world.device)  # noqa: B023
+                with torch.no_grad():
+                    out = model.generate(  # type: ignore[operator] # noqa: B023
+                        input_ids=here, attention_mask=torch.ones_like(here), max_new_tokens=NEW, do_sample=False
+                    )
+                made[:] = [out.shape[1] - here.shape[1]] * len(out)  # noqa: B023
+
+            sides = {"ours": by_us} if grid.world.size > 1 else {"ours": by_us, "transformers": by_transformers}
+            for by, work in sides.items():
+                took = timed(work, args.passes, warm_up=1)
+                rate = round(1e3 * sum(made) / took["median_ms"], 1)
+                rows.append({"way": way, "by": by, "batch": batch, "tokens": tokens, "new": sum(made)})
+                rows[-1] |= {"passes": args.passes, "tokens_per_second": rate} | took
+                if grid.world.is_first:
+                    print(json.dumps(rows[-1]), flush=True)
+    return {"rows": rows}
+
+
+VERBS = {"switch": switch, "latency": latency, "generate": generate}
 
 
 def ways(
@@ -157,7 +202,7 @@ def merge(
 ) -> None:
     """Add the first adapter to this rank's part of the weights, as `lora-scale merge` does to files."""
     _, adapter = next(iter(adapters.values()))
-    cuts = setup.cut(cfg, load.empty(folder, cfg), folder, grid)
+    cuts, _ = setup.cut(cfg, load.empty(folder, cfg), folder, grid)
     for name in adapter.modules:
         weight = model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
@@ -186,7 +231,7 @@ def lora_of(args: argparse.Namespace) -> LoraConfig:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("switch", "latency"))
+    parser.add_argument("what", choices=tuple(VERBS))
     parser.add_argument("--model", type=Path, required=True, help="a model folder")
     parser.add_argument("--adapters", type=int, default=100, help="resident ones, for switch")
     parser.add_argument("--r", type=int, default=16)
@@ -202,8 +247,8 @@ def main() -> int:
     cfg = configfile.of_model(str(args.model), words)
     here = world.start(world.from_environment(), timeout_minutes=10)
     grid = grids.make(cfg.parallel, here)
-    found = (switch if args.what == "switch" else latency)(args, cfg, grid)
-    what = f"{args.what}: {(switch if args.what == 'switch' else latency).__doc__}"
+    found = VERBS[args.what](args, cfg, grid)
+    what = f"{args.what}: {VERBS[args.what].__doc__}"
     record = provenance.head(what, sys.argv[0], commit, world.hardware(here)) | {
         "weights_bytes": open_folder(args.model).nbytes,
         "adapter": {"r": args.r, "targets": args.targets},

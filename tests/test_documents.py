@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from lora_scale.parallel import documents, flash3
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError
-from lora_scale.spec.planning import assumed_work
+from lora_scale.spec.families import WITHOUT_MASKS
+from lora_scale.spec.planning import assumed_work, with_attention
 from lora_scale.spec.shapes import architecture
 from lora_scale.storage.folder import open_folder
 
@@ -80,7 +81,7 @@ def test_another_batch_than_was_told_is_an_error() -> None:
         documents.attention(torch.nn.Module(), *heads(), None)
 
 
-@pytest.mark.parametrize("kind", documents.FAMILIES)
+@pytest.mark.parametrize("kind", WITHOUT_MASKS)
 def test_every_family_gives_the_logits_it_gives_with_masks(kind: str, tmp_path: Path) -> None:
     """Mistral's and Phi-3's window is narrower than the longest document."""
     changes = {"sliding_window": 6} if kind in ("mistral", "phi3") else {}
@@ -112,7 +113,7 @@ def test_generation_has_its_masks(tmp_path: Path) -> None:
 
 def test_a_family_with_more_to_its_attention_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"is documents, which is not known to be .* 'gemma2'.* Set model.attention=sdpa"
+        ConfigError, match=r"is documents, which is not known to be .* 'gemma2'.* Set model.attention=auto"
     ):
         documents.prepare("gemma2")
 
@@ -120,9 +121,24 @@ def test_a_family_with_more_to_its_attention_is_refused() -> None:
 def test_the_plan_has_no_mask(tmp_path: Path) -> None:
     model = architecture(open_folder(tiny_folder(tmp_path / "model")).config)
     tree = {"data": {"train": "-"}, "run_dir": "-", "train": {"max_steps": 1}}
-    for attention, wanted in (("sdpa", True), ("documents", False)):
+    for attention, wanted in (("sdpa", True), ("documents", False), ("auto", False)):
         cfg = RunConfig.model_validate({"model": {"path": "-", "attention": attention}, **tree})
         assert assumed_work(model, cfg).masked is wanted
+
+
+@pytest.mark.parametrize(
+    ("asked", "model_type", "on_gpus", "settled"),
+    [
+        ("auto", "llama", True, "documents"),
+        ("auto", "llama", False, "sdpa"),
+        ("auto", "gemma2", True, "sdpa"),
+        ("sdpa", "llama", True, "sdpa"),
+    ],
+)
+def test_auto_is_documents_on_gpus(asked: str, model_type: str, on_gpus: bool, settled: str) -> None:
+    tree = {"data": {"train": "-"}, "run_dir": "-", "train": {"max_steps": 1}}
+    cfg = RunConfig.model_validate({"model": {"path": "-", "attention": asked}, **tree})
+    assert with_attention(cfg, model_type, on_gpus).model.attention == settled
 
 
 @pytest.fixture

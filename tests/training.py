@@ -145,7 +145,8 @@ def reference(tree: dict[str, Any], steps: int = 0, dtype: torch.dtype = torch.f
     from transformers import AutoModelForCausalLM
 
     cfg = RunConfig.model_validate(tree)
-    attention = cfg.model.attention.replace("documents", "sdpa")  # each document is taken by itself
+    chosen = cfg.model.attention
+    attention = "sdpa" if chosen in ("auto", "documents") else chosen  # each document is taken by itself
     model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=dtype, attn_implementation=attention)
     name_of: Callable[[str], str] = str
     context: DropoutContext | None = None

@@ -183,6 +183,7 @@ def _run(
 ) -> Job | None:
     grid = grids.make(cfg.parallel, here)
     folder, identity = setup.open_base(cfg, screen)
+    cfg = planning.with_attention(cfg, str(folder.config.get("model_type")), here.device.type == "cuda")
     resume, notes = on_rank_zero(lambda: resuming.find_checkpoint(cfg))
     start = on_rank_zero(lambda: None if resume else setup.find_init_adapter(cfg, folder, identity))
     data = run_data.read_data(cfg, folder, grid, screen)

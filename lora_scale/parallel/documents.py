@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lora_scale.parallel import flash3
 from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.families import WITHOUT_MASKS
 
 NAME = "lora_scale_documents"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")  # scores, their scale, and a window
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ def prepare(model_type: str) -> str:
     """The name to give to transformers; ConfigError for a family whose attention is more than this."""
     from transformers import AttentionInterface
 
-    if model_type not in FAMILIES:
+    if model_type not in WITHOUT_MASKS:
         raise ConfigError(
             f"model.attention is documents, which is not known to be the attention of model type {model_type!r}; it is "
-            f"for {', '.join(FAMILIES)}. Set model.attention=sdpa"
+            f"for {', '.join(WITHOUT_MASKS)}. Set model.attention=auto"
         )
     AttentionInterface.register(NAME, attention)
     return NAME

@@ -64,8 +64,9 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
 
 
 def _attention(cfg: RunConfig, config: Any) -> str:
-    """By the name that transformers has for it."""
-    return documents.prepare(config.model_type) if cfg.model.attention == "documents" else cfg.model.attention
+    """By the name that transformers has for it; `auto` is settled before a run trains."""
+    chosen = cfg.model.attention
+    return documents.prepare(config.model_type) if chosen == "documents" else "sdpa" if chosen == "auto" else chosen
 
 
 def skeleton(folder: ModelFolder, model: ModelConfig) -> nn.Module:

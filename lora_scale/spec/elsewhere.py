@@ -36,7 +36,7 @@ TABLE = (
     row("model.path", hf="model_name_or_path model_name", peft="base_model_name_or_path",
         axolotl="base_model base_model_config", factory="model_name_or_path"),
     row("model.revision", hf="model_revision", axolotl="revision_of_model", factory="model_revision", peft="revision"),
-    row("model.attention", "sdpa, documents, eager or flash_attention_2", hf="attn_implementation",
+    row("model.attention", "auto, documents, sdpa, eager or flash_attention_2", hf="attn_implementation",
         axolotl="flash_attention sdp_attention eager_attention", factory="flash_attn"),
     row("", "the tokenizer is the model folder's",
         axolotl="tokenizer_type tokenizer_config model_type type_of_model is_llama_derived_model "

@@ -70,6 +70,9 @@ _FUSED = Family(  # Falcon, BLOOM and GPT-NeoX agree on these names
 )
 _HEAD_NORMS = ("q_norm", "k_norm")
 
+# Attention is scores, their scale, and a window, and nothing else: `parallel/documents.py` computes it
+WITHOUT_MASKS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")
+
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -11,7 +11,7 @@ from typing import Any
 from lora_scale.spec import cost, servers
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.families import family
+from lora_scale.spec.families import WITHOUT_MASKS, family
 from lora_scale.spec.memory import GIB, Memory, Parts, Work, memory, parts_of
 from lora_scale.spec.states import Grid, trained_shapes
 from lora_scale.spec.states import states as states_of
@@ -37,11 +37,20 @@ def job_of(model: Architecture, cfg: RunConfig, grid: Grid, work: Work | None = 
     return Job(model, cfg, grid, work or assumed_work(model, cfg), parts_of(model, cfg, grid.tp))
 
 
+def with_attention(cfg: RunConfig, model_type: str, on_gpus: bool) -> RunConfig:
+    """The config with `model.attention: auto` settled."""
+    if cfg.model.attention != "auto":
+        return cfg
+    chosen = "documents" if on_gpus and model_type in WITHOUT_MASKS else "sdpa"
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"attention": chosen})})
+
+
 def assumed_work(model: Architecture, cfg: RunConfig) -> Work:
     """What a plan assumes before it has seen data: the larger case of each. Families that tell documents apart by their
-    positions get a mask where a block holds two, or padding; `model.attention: documents` has none."""
+    positions get a mask where a block holds two, or padding; `model.attention: documents` has none. On GPUs."""
     row = family(model.model_type)
-    masked = cfg.model.attention != "documents" and (row is None or row.packs)
+    settled = with_attention(cfg, model.model_type, on_gpus=True)
+    masked = settled.model.attention != "documents" and (row is None or row.packs)
     return Work(masked=masked, target_share=1.0)
 
 

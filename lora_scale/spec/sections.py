@@ -30,9 +30,10 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub; ignored for a folder."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Read that code first."""
-    attention: Literal["sdpa", "documents", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation, by transformers' names; `documents` is ours: without masks, and nothing is computed
-    between the documents of a block."""
+    attention: Literal["auto", "documents", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation, by transformers' names; `documents` is ours: without masks, nothing is computed between
+    the documents of a block, and FlashAttention-3 on Hopper GPUs where flash-attn-3 or xformers 0.0.34 is installed.
+    `auto`: documents on GPUs, for the model types that have it; else sdpa."""
     dropout: Fraction = 0.0
     """Dropout probability of the base's own layers. Not the adapter's: that is `lora.dropout`."""
 
