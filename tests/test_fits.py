@@ -35,8 +35,8 @@ def data_of(place: Path, **changes: Any) -> tuple[RunConfig, Data, Any]:
 
 
 def test_what_the_data_decide(tmp_path: Path) -> None:
-    """Packed rows need a mask; logits are computed for the share of positions that the engine computes them for."""
-    cfg, data, folder = data_of(tmp_path)
+    """With sdpa packed rows need a mask; logits are computed for the positions that the engine computes them for."""
+    cfg, data, folder = data_of(tmp_path, model__attention="sdpa")
     job = fits.job_of(cfg, folder, data, ALONE)
     assert job is not None and job.work.masked
     batches = [batch for step in data.plan.steps() for batch in step.micro_batches]
@@ -48,7 +48,9 @@ def test_what_the_data_decide(tmp_path: Path) -> None:
 def test_full_blocks_of_one_document_have_no_mask(tmp_path: Path) -> None:
     rows = tmp_path / "full.jsonl"
     rows.write_text(8 * (json.dumps({"input_ids": [5] * 16}) + "\n"))
-    cfg, data, folder = data_of(tmp_path, data__train=str(rows), data__seq_len=16, data__packing=False)
+    cfg, data, folder = data_of(
+        tmp_path, data__train=str(rows), data__seq_len=16, data__packing=False, model__attention="sdpa"
+    )
     job = fits.job_of(cfg, folder, data, ALONE)
     assert job is not None and not job.work.masked and job.work.target_share == 1.0
 

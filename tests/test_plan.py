@@ -34,9 +34,14 @@ def figures(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[
     return json.loads(out)
 
 
-def config(folder: Path, model: str | Path, **changes: Any) -> Path:
+def config(folder: Path, path_of_model: str | Path, **changes: Any) -> Path:
     path = folder / "run.yaml"
-    tree = {"model": {"path": str(model)}, "data": {"train": "rows.jsonl"}, "run_dir": "run", "train": {"max_steps": 3}}
+    tree = {
+        "model": {"path": str(path_of_model)},
+        "data": {"train": "rows.jsonl"},
+        "run_dir": "run",
+        "train": {"max_steps": 3},
+    }
     path.write_text(json.dumps(tree | changes))
     return path
 
@@ -124,7 +129,8 @@ def test_config_json_alone_is_enough_before_a_download(capsys: pytest.CaptureFix
 
 def test_a_type_without_a_row_is_counted_from_headers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "llama")
-    run = config(tmp_path, folder, lora={"target_modules": ["q_proj"]}, kernels="none")
+    base = {"path": str(folder), "attention": "sdpa"}  # documents are for known types only
+    run = config(tmp_path, folder, model=base, lora={"target_modules": ["q_proj"]}, kernels="none")
     whole = figures(capsys, run)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"model_type": "llama"', '"model_type": "llama9"'))
