@@ -193,6 +193,28 @@ def ways(
     yield "base again", serving.serve(cfg, folder, {}, grid).model
 
 
+def table(record: dict[str, Any]) -> list[str]:
+    """Markdown of several records of this script, by name: forward pass and next token of each way, and a switch."""
+    lines = ["| record | way | batch x tokens | forward, ms (quartiles) | next token, ms (quartiles) |"]
+    lines.append("|---|---|---|--:|--:|")
+    for name, part in record["parts"].items():
+        for row in (row for row in part["rows"] if "forward" in row):
+            cells = [_spread(row[what]) for what in ("forward", "next_token")]
+            lines.append(f"| {name} | {row['way']} | {row['batch']} x {row['tokens']} | {' | '.join(cells)} |")
+    lines += ["", "| record | adapters | kept on | bytes of one | bytes copied | a switch, ms (quartiles) |"]
+    lines.append("|---|--:|---|--:|--:|--:|")
+    for name, part in record["parts"].items():
+        for row in (row for row in part["rows"] if "kept_on" in row):
+            sizes = f"{row['adapter_bytes']:,} | {row['copied_bytes']:,}"
+            lines.append(f"| {name} | {part['adapters']} | {row['kept_on']} | {sizes} | {_spread(row)} |")
+    return lines
+
+
+def _spread(times: Times) -> str:
+    low, high = times["quartiles_ms"]
+    return f"{times['median_ms']:.2f} ({low:.2f}-{high:.2f})"
+
+
 def merge(
     model: nn.Module,
     adapters: dict[str, tuple[Path, Adapter]],

@@ -21,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
+import bench_attention
+import bench_serving
 import fp32_losses
 import launchers
 import memory_grid
@@ -150,6 +152,10 @@ def tables(arguments: argparse.Namespace) -> None:
         elif record.get("kind") == "real rows":
             head = _head("Real rows under tensor parallelism", path.name, record)
             text += [*head, *real_rows.table(record["runs"]), ""]
+        elif record.get("kind") == "attention":
+            text += [*_head("Attention of packed rows", path.name, record), *bench_attention.table(record["rows"]), ""]
+        elif record.get("kind") == "serving":
+            text += [*_head("Latency and switching", path.name, record), *bench_serving.table(record), ""]
         elif "title" in record:
             text += _table(path.name, record)
         if "signals" in record:

@@ -87,6 +87,16 @@ MEASURED: dict[str, tuple[str, int, dict[str, Any]]] = {  # record, run: shape, 
     "bench-100b-earlier, 100b-tp2-all-plain": (
         "llama-100.7b", 2, {"recompute": "all", "kernels": "none", "parallel": WAITS},
     ),
+    "bench-100b-flash, 100b-tp2-documents": ("llama-100.7b", 2, {"recompute": "none", "parallel": TP2}),
+    "bench-100b-flash, 100b-zero3-documents": ("llama-100.7b", 2, {"recompute": 53}),
+    "bench-slices, 34b-zero3-documents": ("slice-34.0b", 2, {"recompute": "none"}),
+    "bench-slices, 34b-zero3-all": ("slice-34.0b", 2, {"recompute": "all"}),
+    "bench-slices, 34b-tp2": ("slice-34.0b", 2, {"recompute": "none", "parallel": TP2}),
+    "bench-slices, 22b-2gpu-zero3-documents": ("slice-22.9b", 2, {"recompute": "none"}),
+    "bench-1gpu-flash, 7b-1gpu-documents": (
+        "llama-7.2b", 1, {"micro": 2, "recompute": "none", "parallel": {"zero_stage": 0}},
+    ),
+    "bench-lora-full, 7b-2gpu-lora": ("llama-7.2b", 2, {"micro": 2, "recompute": "none"}),
 }  # fmt: skip
 
 
@@ -116,7 +126,7 @@ def test_the_fastest_by_hand_is_the_fastest_by_search() -> None:
     best, *others = search.layouts(asked.model, asked.cfg, 2, 2, H200, asked.work)
     assert best.changes[:2] == ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
     assert best.cfg.recompute == "none"
-    _, measured = predicted_and_measured("bench-100b-evening, 100b-tp2-overlap")
+    _, measured = predicted_and_measured("bench-100b-flash, 100b-tp2-documents")
     assert best.tokens_per_second == pytest.approx(measured, rel=0.1)
     assert {1, 2} == {layout.tp for layout in (best, *others)}
 
