@@ -89,7 +89,7 @@ def test_every_family_gives_the_logits_it_gives_with_masks(kind: str, tmp_path: 
     place = torch.as_tensor(positions())
     ids = torch.randint(3, 90, place.shape, generator=torch.Generator().manual_seed(0))
     logits = {}
-    for name in ("sdpa", documents.prepare(kind)):
+    for name in ("sdpa", documents.prepare()):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=name)
         documents.tell(place.numpy(), CPU)
         with torch.no_grad():
@@ -103,7 +103,7 @@ def test_generation_has_its_masks(tmp_path: Path) -> None:
     ids = torch.tensor([[2, 2, 2, 5, 7], [3, 9, 4, 8, 6]])
     mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
     found = {}
-    for name in ("sdpa", documents.prepare("llama")):
+    for name in ("sdpa", documents.prepare()):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=name)
         with documents.with_masks(model):
             found[name] = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
@@ -112,10 +112,13 @@ def test_generation_has_its_masks(tmp_path: Path) -> None:
 
 
 def test_a_family_with_more_to_its_attention_is_refused() -> None:
+    """By `plan` as by `train`."""
+    tree = {"model": {"path": "-", "attention": "documents"}, "data": {"train": "-"}, "run_dir": "-"}
+    cfg = RunConfig.model_validate(tree | {"train": {"max_steps": 1}})
     with pytest.raises(
         ConfigError, match=r"is documents, which is not known to be .* 'gemma2'.* Set model.attention=auto"
     ):
-        documents.prepare("gemma2")
+        with_attention(cfg, "gemma2", on_gpus=True)
 
 
 def test_the_plan_has_no_mask(tmp_path: Path) -> None:
@@ -197,6 +200,17 @@ def test_flash_attention_3_is_told_the_documents(
     )
     for ours, true in zip(found, wanted, strict=True):
         assert (ours.float() - true).norm() <= 2**-8 * true.norm(), "rounded to bf16"
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "dropout"), [(4, torch.bfloat16, 0.0), (8, torch.float32, 0.0), (8, torch.bfloat16, 0.5)]
+)
+def test_what_flash_attention_3_does_not_take(
+    features: int, dtype: torch.dtype, dropout: float, flash3_on_cpu: list[dict[str, Any]]
+) -> None:
+    documents.tell(positions(((32,),) * 3), CPU)
+    documents.attention(torch.nn.Module(), *heads(CPU, dtype, features), None, dropout=dropout)
+    assert not flash3_on_cpu
 
 
 @pytest.mark.gpu

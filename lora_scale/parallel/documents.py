@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.parallel import flash3
-from lora_scale.spec.errors import ConfigError
-from lora_scale.spec.families import WITHOUT_MASKS
 
 NAME = "lora_scale_documents"
+FLASH = range(8, 257, 8)  # features of a head that flash kernels take
+AMPERE = (8, 0)  # the least compute capability that they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,10 @@ class Batch:
 _told: list[Batch] = []  # the last
 
 
-def prepare(model_type: str) -> str:
-    """The name to give to transformers; ConfigError for a family whose attention is more than this."""
+def prepare() -> str:
+    """The name to give to transformers, which knows it from then on."""
     from transformers import AttentionInterface
 
-    if model_type not in WITHOUT_MASKS:
-        raise ConfigError(
-            f"model.attention is documents, which is not known to be the attention of model type {model_type!r}; it is "
-            f"for {', '.join(WITHOUT_MASKS)}. Set model.attention=auto"
-        )
     AttentionInterface.register(NAME, attention)
     return NAME
 
@@ -72,7 +67,7 @@ def tell(position_ids: np.ndarray, device: torch.device) -> None:
     longest = max(end - start for row in starts for start, end in pairwise(row))
     ends = [row * tokens + end for row, its in enumerate(starts) for end in its[1:]]
     cuts = None
-    if device.type == "cuda" and len(ends) > len(starts):
+    if device.type == "cuda" and len(ends) > len(starts) and torch.cuda.get_device_capability(device) >= AMPERE:
         cuts = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
     _told[:] = [Batch(starts, longest, cuts)]
 
@@ -108,12 +103,12 @@ def attention(
     rows, tokens = len(query), query.shape[2]
     assert attention_mask is None and len(batch.starts) == rows and key.shape[2] == tokens, "told of another batch"
     window = sliding_window if sliding_window and sliding_window < batch.longest else None
-    in_16_bits = query.dtype in (torch.bfloat16, torch.float16)
-    if in_16_bits and not dropout and flash3.found(query.device):
+    takes = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in FLASH
+    if takes and not dropout and flash3.found(query.device):
         return _hopper(query, key, value, scaling, window, batch), None
     if batch.is_whole:
         return _within(query, key, value, dropout, scaling, window), None
-    if batch.cuts is not None and in_16_bits:
+    if batch.cuts is not None and takes:
         return _flash(query, key, value, dropout, scaling, window, batch), None
     found = []
     for row, starts in enumerate(batch.starts):

@@ -50,7 +50,7 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
             model = getattr(transformers, f"AutoModelFor{auto}").from_config(
                 config,
                 dtype=dtype_of(cfg),
-                attn_implementation=_attention(cfg, config),
+                attn_implementation=_attention(cfg),
                 trust_remote_code=cfg.model.trust_remote_code,
             )
     except ImportError as error:
@@ -63,10 +63,10 @@ def empty(folder: ModelFolder, cfg: RunConfig) -> nn.Module:
     return model.train()  # transformers builds in eval mode, where recompute is silently off
 
 
-def _attention(cfg: RunConfig, config: Any) -> str:
+def _attention(cfg: RunConfig) -> str:
     """By the name that transformers has for it; `auto` is settled before a run trains."""
     chosen = cfg.model.attention
-    return documents.prepare(config.model_type) if chosen == "documents" else "sdpa" if chosen == "auto" else chosen
+    return documents.prepare() if chosen == "documents" else "sdpa" if chosen == "auto" else chosen
 
 
 def skeleton(folder: ModelFolder, model: ModelConfig) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 from lora_scale.spec import cost, servers
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
+from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.families import WITHOUT_MASKS, family
 from lora_scale.spec.memory import GIB, Memory, Parts, Work, memory, parts_of
 from lora_scale.spec.states import Grid, trained_shapes
@@ -38,8 +39,14 @@ def job_of(model: Architecture, cfg: RunConfig, grid: Grid, work: Work | None = 
 
 
 def with_attention(cfg: RunConfig, model_type: str, on_gpus: bool) -> RunConfig:
-    """The config with `model.attention: auto` settled."""
-    if cfg.model.attention != "auto":
+    """The config with `model.attention: auto` settled. ConfigError for documents where attention is more than these."""
+    asked = cfg.model.attention
+    if asked == "documents" and model_type not in WITHOUT_MASKS:
+        raise ConfigError(
+            f"model.attention is documents, which is not known to be the attention of model type {model_type!r}; it is "
+            f"for {', '.join(WITHOUT_MASKS)}. Set model.attention=auto"
+        )
+    if asked != "auto":
         return cfg
     chosen = "documents" if on_gpus and model_type in WITHOUT_MASKS else "sdpa"
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"attention": chosen})})
