@@ -134,7 +134,7 @@ def latency(args: argparse.Namespace, cfg: RunConfig, grid: grids.Grid) -> dict[
 
 
 def generate(args: argparse.Namespace, cfg: RunConfig, grid: grids.Grid) -> dict[str, Any]:
-    """New tokens a second, NEW a prompt, greedy: by ours and by transformers' own `generate`, on the model of each way."""
+    """New tokens a second, NEW a prompt, greedy: by ours and by transformers' own, on the model of each way."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
