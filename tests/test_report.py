@@ -106,6 +106,20 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "first", rows)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "said"),
+    [
+        ({"zero_stage": 3, "tensor_parallel_size": 1}, "ZeRO-3"),
+        ({"zero_stage": 0, "tensor_parallel_size": 2}, "tensor parallel 2"),
+        ({"zero_stage": 3, "tensor_parallel_size": 4}, "tensor parallel 4, ZeRO-3"),
+    ],
+)
+def test_the_layout_is_said(capsys: pytest.CaptureFixture[str], run: Path, parallel: dict[str, int], said: str) -> None:
+    config = json.loads((run / "config.resolved.json").read_text())
+    (run / "config.resolved.json").write_text(json.dumps(config | {"parallel": parallel}))
+    assert f"of x (lora, {said}, bf16); loss" in report(capsys, run)[1]
+
+
 def test_a_finished_run(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     write_checkpoint(run, 10)
     code, out, err = report(capsys, run)

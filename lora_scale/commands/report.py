@@ -75,9 +75,7 @@ def _summary(rows: Rows, manifest: dict[str, Any], config: dict[str, Any]) -> st
     parts = [
         f"{steps[-1]['step']} optimizer steps of {config.get('model', {}).get('path')}" if steps else "No step yet"
     ]
-    parts[0] += (
-        f" ({config.get('method')}, ZeRO-{config.get('parallel', {}).get('zero_stage')}, {config.get('precision')})"
-    )
+    parts[0] += f" ({config.get('method')}, {_layout(config.get('parallel', {}))}, {config.get('precision')})"
     if losses:
         parts.append(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
     if validation:
@@ -87,6 +85,12 @@ def _summary(rows: Rows, manifest: dict[str, Any], config: dict[str, Any]) -> st
     if (peak := largest(memory_of(rows), "peak_gib")) is not None:
         parts.append(f"peak {peak:.1f} GiB allocated on the first GPU")
     return "; ".join(parts) + "."
+
+
+def _layout(parallel: dict[str, Any]) -> str:
+    """As the config has it."""
+    ways, stage = parallel.get("tensor_parallel_size", 1), parallel.get("zero_stage")
+    return f"ZeRO-{stage}" if ways == 1 else f"tensor parallel {ways}{f', ZeRO-{stage}' if stage else ''}"
 
 
 def _what_ran(manifest: dict[str, Any]) -> list[Block]:
@@ -99,6 +103,7 @@ def _what_ran(manifest: dict[str, Any]) -> list[Block]:
         ["ranks", manifest.get("ranks", MISSING)],
         ["hardware", _pairs(hardware)],
         ["versions", _pairs(versions)],
+        ["attention", manifest.get("attention") or MISSING],
         ["base", manifest.get("base_fingerprint") or MISSING],
         ["config", f"sha256 {manifest['config_sha256']}" if manifest.get("config_sha256") else MISSING],
     ]
