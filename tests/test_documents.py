@@ -203,6 +203,23 @@ def test_flash_attention_3_is_told_the_documents(
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "documents, by FlashAttention-3 of this test"),
+        ({"precision": "fp32"}, "documents, by torch"),
+        ({"model": {"path": "-", "attention": "documents", "dropout": 0.1}}, "documents, by torch"),
+        ({"model": {"path": "-", "attention": "sdpa"}}, "sdpa"),
+    ],
+)
+def test_the_manifest_says_what_computes(
+    changes: dict[str, Any], said: str, flash3_on_cpu: list[dict[str, Any]]
+) -> None:
+    tree = {"model": {"path": "-", "attention": "documents"}, "data": {"train": "-"}, "run_dir": "-"}
+    cfg = RunConfig.model_validate(tree | {"train": {"max_steps": 1}} | changes)
+    assert documents.kernel(cfg, CPU) == said
+
+
+@pytest.mark.parametrize(
     ("features", "dtype", "dropout"), [(4, torch.bfloat16, 0.0), (8, torch.float32, 0.0), (8, torch.bfloat16, 0.5)]
 )
 def test_what_flash_attention_3_does_not_take(

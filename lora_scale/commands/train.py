@@ -398,7 +398,7 @@ def _open_log(job: Job, config: Path, step: int, planned: dict[str, Any], loadin
             "commit": provenance.commit(),
             "versions": provenance.versions(),
             "hardware": world.hardware(job.world),
-            "attention": documents.kernel(job.cfg.model.attention, job.world.device),
+            "attention": documents.kernel(job.cfg, job.world.device),
             "ranks": job.world.size,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_step": step,

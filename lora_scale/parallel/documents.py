@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.parallel import flash3
+from lora_scale.spec.config import RunConfig
 
 NAME = "lora_scale_documents"
 FLASH = range(8, 257, 8)  # features of a head that flash kernels take
@@ -51,11 +52,11 @@ def prepare() -> str:
     return NAME
 
 
-def kernel(attention: str, device: torch.device) -> str:
+def kernel(cfg: RunConfig, device: torch.device) -> str:
     """`model.attention`, and for documents what computes it on this device: for the manifest."""
-    if attention != "documents":
-        return attention
-    source = flash3.found(device)
+    if cfg.model.attention != "documents":
+        return cfg.model.attention
+    source = None if cfg.precision == "fp32" or cfg.model.dropout else flash3.found(device)
     return f"documents, by FlashAttention-3 of {source}" if source else "documents, by torch"
 
 
