@@ -72,8 +72,8 @@ def command(
     job = planning.job_of(model, cfg, grid)
     if searches or scales or out:
         return searching.answer(job, gpu, gpus_per_node, out, scales=scales, as_json=as_json)
-    if cfg.recompute == "auto" and limit is None:
-        raise UsageError("recompute is auto, which depends on the GPU; say which with --gpu")
+    if limit is None and (key := search.unsettled(cfg)):
+        raise UsageError(f"{key} is auto, which depends on the GPU; say which with --gpu")
     job = search.settled(job, limit)
     cfg = job.cfg
     row = planning.plan(job)
@@ -183,10 +183,11 @@ def _about(row: dict[str, Any], model: Architecture, source: str, cfg: RunConfig
             lines.append(f"        {sentence}")
     tp = row["tensor_parallel_size"]
     shared = f"tensor parallel {tp}, " if tp > 1 else ""
+    offloaded = "" if cfg.activation_offloading == "none" else f", activation_offloading {cfg.activation_offloading}"
     copies = f"{row['ranks'] // tp} data-parallel ranks" if tp > 1 else gpus(row["ranks"])
     lines.append(
         f"ranks   {row['ranks']} ({grid[0]} x {grid[1]}), {shared}ZeRO-{cfg.parallel.zero_stage}, {cfg.precision}, "
-        f"recompute {cfg.recompute}"
+        f"recompute {cfg.recompute}" + offloaded
     )
     lines.append(
         f"step    {cfg.train.global_batch_size} x {cfg.data.seq_len} tokens = {cfg.train.micro_batch_size} a pass x "
@@ -220,7 +221,7 @@ def _beside_table(row: dict[str, Any]) -> str:
     ]
     lines.insert(2, ["= needed: peak allocated and these", *(binary(job["needed"]) for job in jobs.values())])
     lines.append(["host memory", *(binary(job["host"]) for job in jobs.values())])
-    lines.append(["pinned while loading", *(binary(job["pinned"]) for job in jobs.values())])
+    lines.append(["pinned host memory", *(binary(job["pinned"]) for job in jobs.values())])
     return table(lines, "beside it", *jobs)
 
 

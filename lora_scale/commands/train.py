@@ -351,19 +351,19 @@ def _plan(
     limit_gib: float | None,
     ignore: bool,
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """The config with `recompute: auto` settled, and what is predicted of it, for the manifest; DoesNotFitError where
-    it cannot fit in `limit_gib` a GPU."""
+    """The config with what is `auto` in it settled, and what is predicted of it, for the manifest; DoesNotFitError
+    where it cannot fit in `limit_gib` a GPU."""
     job = fits.job_of(cfg, folder, data, grid)
     if job is None:
-        if cfg.recompute == "auto":
+        if key := search.unsettled(cfg):
             raise ConfigError(
-                f"recompute is auto, but what a model of type {folder.config.get('model_type')} keeps is "
+                f"{key} is auto, but what a model of type {folder.config.get('model_type')} keeps is "
                 "not known here; write all, none or a number of layers"
             )
         return cfg, {"unknown": f"model type {folder.config.get('model_type')} has no row of shapes"}
     job = search.settled(job, limit_gib)
     row = planning.plan(job)
-    chosen = f"; recompute={job.cfg.recompute}" if cfg.recompute == "auto" else ""
+    chosen = "".join(f"; {key}={getattr(job.cfg, key)}" for key in search.AUTO if getattr(cfg, key) == "auto")
     screen.line(f"plan     {fits.check(job, row, limit_gib, ignore)}{chosen}")
     for text in row["warnings"]:
         screen.line(f"warning  {text}")

@@ -43,6 +43,7 @@ def check_config(cfg: RunConfig, model_type: str) -> None:
         (cfg.eval.generate is not None, "eval.generate", cfg.eval.generate, "it to nothing"),
         (apart, "parallel.base_engine", "flat", "parallel.base_engine=deepspeed"),
         (cfg.recompute == "auto", "recompute", "auto", "recompute=all or recompute=none"),
+        (cfg.activation_offloading != "none", "activation_offloading", cfg.activation_offloading, "it to none"),
     ):
         if wrong:
             raise ConfigError(f"{key} is {value}, but {cfg.model.path} is an encoder that classifies; set {way_out}")

@@ -18,6 +18,7 @@ from torch import Tensor
 GIB = 1 << 30
 _NVML: dict[str, Any] = {}
 _ASIDE: list[int] = []
+_PINNED: list[int] = []
 
 
 class Tracked:
@@ -140,6 +141,11 @@ def add_aside(nbytes: int) -> None:
     _ASIDE.append(nbytes)
 
 
+def add_pinned(nbytes: int) -> None:
+    """Host memory that is pinned without torch's allocator."""
+    _PINNED.append(nbytes)
+
+
 def _books(device: torch.device) -> dict[str, int]:
     """Bytes allocated (the peak since it was reset, and now) and the most reserved."""
     stats, aside = torch.cuda.memory_stats(device), sum(_ASIDE)
@@ -186,8 +192,8 @@ def host_memory() -> dict[str, int]:
 
 
 def pinned_bytes() -> int:
-    """Host memory that torch's own allocator has pinned."""
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
+    """Host memory that torch's own allocator has pinned, and what was pinned beside it."""
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)) + sum(_PINNED)
 
 
 def process_bytes(device: torch.device) -> int | None:

@@ -22,6 +22,7 @@ from lora_scale.parallel import (
     flat,
     load,
     masters,
+    offload,
     principal,
     recompute,
     samples,
@@ -200,6 +201,7 @@ def start_engine(
     if cfg.method != "full":  # a layer that DeepSpeed gathers as one needs an input with a gradient
         model.enable_input_require_grads()  # type: ignore[operator]
     layers = recompute.decoder_layers(model)
+    offload.apply(layers, cfg, world.device)
     config = ds_config(
         cfg,
         cost.accumulation_steps(cfg, world.size),

@@ -149,6 +149,15 @@ def kept(model: Architecture, layer: Layer, cfg: RunConfig, *, masked: bool, tp:
     return total + _inputs_of_adapted(saved, layer.adapted, width, tp, shared, dropout=cfg.lora.dropout > 0.0)
 
 
+def stays(model: Architecture, layer: Layer, cfg: RunConfig, tp: int = 1) -> int:
+    """Of `kept`, what tensors hold that are too small to be brought to host memory: numbers a row and a head, A x."""
+    saved, width, s = saved_by(model, cfg), ITEMSIZE[cfg.precision], layer.shape
+    shared = tp if cfg.parallel.sequence_parallel else 1
+    rows = s.norms * (norm(saved, 0, width)) // shared
+    heads = FP32 * (s.heads + (s.heads + s.key_heads if s.head_norms else 0)) // tp
+    return rows + heads + sum(width * r for _, _, r in layer.adapted)
+
+
 def norm(saved: Saved, features: int, width: int) -> int:
     """RMSNorm: its input, copied to fp32 or not, and one reciprocal root; LayerNorm: its input, a mean and a root."""
     if saved.norm == "copied":

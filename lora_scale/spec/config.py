@@ -247,6 +247,10 @@ class RunConfig(Section):
     so many
     (elsewhere: gradient or activation checkpointing). `auto`: the fewest that fit by `lora-scale plan`; none without a
     GPU."""
+    activation_offloading: Literal["all", "none", "auto"] | NonNegative = "none"
+    """Decoder layers, of those that do not recompute, whose activations wait for the backward pass in pinned host
+    memory: all (but the last two), none, or so many, spread evenly. Copies run beside the computation. `auto`: as
+    many as the link to the host carries in that time before any layer recomputes; none without a GPU."""
     kernels: Literal["auto", "none"] = "auto"
     """`auto`: norms, SwiGLU and rotation of known families by Liger's kernels on GPUs, and in forms that keep less for
     the backward pass everywhere. `none`: transformers' own modules."""

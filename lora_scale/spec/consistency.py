@@ -21,6 +21,11 @@ def _check_run(cfg: "RunConfig") -> None:
     if cfg.init_adapter is not None and cfg.method != "lora":
         raise ValueError(f"init_adapter is {cfg.init_adapter}, but method is {cfg.method}; leave one out")
     _check_lora(cfg)
+    if cfg.activation_offloading != "none" and cfg.method != "lora":
+        raise ValueError(
+            f"activation_offloading is {cfg.activation_offloading} and method is {cfg.method}, whose layers keep their "
+            "weights' inputs too; set activation_offloading=none, or recompute=all"
+        )
     if cfg.train.loraplus_lr_ratio != 1.0 and cfg.method != "lora":
         raise ValueError(f"train.loraplus_lr_ratio is {cfg.train.loraplus_lr_ratio}, but method is {cfg.method}")
     if isinstance(cfg.data.validation, float) and not 0.0 < cfg.data.validation < 1.0:

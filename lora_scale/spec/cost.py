@@ -79,7 +79,7 @@ def full_fine_tuning(cfg: RunConfig) -> RunConfig:
     parallel = cfg.parallel.model_copy(update=alone)
     if parallel.zero_stage == 0 and cfg.precision == "bf16":
         parallel = parallel.model_copy(update={"zero_stage": 1})
-    return cfg.model_copy(update={"method": "full", "parallel": parallel})
+    return cfg.model_copy(update={"method": "full", "parallel": parallel, "activation_offloading": "none"})
 
 
 def export_bytes(trained: int) -> int:

@@ -97,6 +97,8 @@ TABLE = (
     row("recompute", "all, none or a number of layers", hf="gradient_checkpointing gradient_checkpointing_kwargs",
         axolotl="gradient_checkpointing gradient_checkpointing_kwargs",
         factory="gradient_checkpointing disable_gradient_checkpointing", deepspeed="activation_checkpointing"),
+    row("activation_offloading", "none, all, auto or a number of layers", hf="activation_offloading",
+        axolotl="activation_offloading"),
     row("train.epochs", hf="num_train_epochs", axolotl="num_epochs", factory="num_train_epochs"),
     row("train.max_steps", hf="max_steps total_steps steps num_steps", axolotl="max_steps", factory="max_steps"),
     row("train.global_batch_size", BATCH, hf="gradient_accumulation_steps batch_size",

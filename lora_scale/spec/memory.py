@@ -5,7 +5,7 @@ source, and three constants are calibrated: `LIBRARIES`, `GATHERED_LAYERS`, `WAS
 `CALIBRATED_ON`; a comparison with those proves nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import ceil, prod
 
@@ -14,7 +14,7 @@ from lora_scale.spec.activations import Layer
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.cost import FP32, ITEMSIZE, Shape, checkpoint_bytes, numel
-from lora_scale.spec.errors import ConfigError
+from lora_scale.spec.kept import offloaded_layers, recomputed_layers
 from lora_scale.spec.layout import FLAT_BUFFERS
 from lora_scale.spec.states import Grid, States, flat_pieces, frozen_units, keeps_base_flat, trained_shapes
 from lora_scale.spec.states import states as states_of
@@ -135,7 +135,8 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     gather = gathered(cfg, layers, made.frozen, grid) + slots
     inputs = layer_inputs(model, cfg, recomputed)
     embedding, last_norm = embedding_output(model, cfg), last_norm_input(model, cfg)
-    all_kept = sum(each[layer] for layer in kept)
+    gone = offloaded(model, cfg, layers, each, grid.tp)
+    all_kept = sum(each[layer] for layer in kept) - gone
     weights = weight_gradients(cfg, layers, grid)
     before = _moment(states, gathered=gather, layer_inputs=inputs, layers_kept=all_kept, outside=embedding)
     at_loss = {"outside": embedding + last_norm, "logits": logits(model, cfg, work, grid.tp)}
@@ -153,7 +154,7 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
         context=CONTEXT,
         nccl=NCCL if grid.ranks > 1 else 0,
         host=HOST + (checkpoint_bytes(numel(made.trained) * grid.tp) if cfg.method == "lora" else 0),
-        pinned=PINNED,
+        pinned=PINNED + gone,
         by_analogy=activations.is_analogy(model),
     )
 
@@ -166,15 +167,11 @@ def _with(moment: Moment, **categories: int) -> Moment:
     return Moment(**(asdict(moment) | categories))
 
 
-def recomputed_layers(cfg: RunConfig, layers: int) -> int:
-    """How many layers, the first ones, keep only their input."""
-    count = {"all": layers, "none": 0}.get(str(cfg.recompute), cfg.recompute)
-    assert isinstance(count, int)
-    if count > layers:
-        raise ConfigError(
-            f"recompute is {count}; the model has {layers} decoder layers: write a number up to that, or all"
-        )
-    return count
+def offloaded(model: Architecture, cfg: RunConfig, layers: Sequence[Layer], each: Mapping[Layer, int], tp: int) -> int:
+    """Activations that wait in host memory (`parallel.offload`): all but small tensors of the chosen layers. At the
+    loss nothing of it is back, and later it takes the place of what layers behind it have given up."""
+    away = [layers[i] for i in offloaded_layers(cfg, len(layers))]
+    return sum(each[layer] - _tokens(cfg) * activations.stays(model, layer, cfg, tp) for layer in away)
 
 
 def layer_inputs(model: Architecture, cfg: RunConfig, recomputed: int) -> int:
@@ -191,9 +188,10 @@ def shares_tokens(cfg: RunConfig) -> bool:
 
 def embedding_output(model: Architecture, cfg: RunConfig) -> int:
     """A leaf of the graph, held to its end. Where the first layer recomputes it is that layer's input and counted
-    there; where norms do not copy, it is what the first one keeps."""
+    there; where nothing copies it, it is what the first one keeps."""
     width, saved = ITEMSIZE[cfg.precision], activations.saved_by(model, cfg)
-    is_own = (cfg.recompute in ("none", 0) and saved.norm == "copied" and width < FP32) or shares_tokens(cfg)
+    is_copied = (saved.norm == "copied" and width < FP32) or cfg.activation_offloading not in ("none", 0)
+    is_own = (cfg.recompute in ("none", 0) and is_copied) or shares_tokens(cfg)
     return _tokens(cfg) * width * model.hidden if is_own else 0
 
 

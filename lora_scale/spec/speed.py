@@ -6,13 +6,14 @@ tokens that tensor-parallel ranks exchange (`parallel.overlap`) behind products;
 gathers added about their own time to a pass (docs/benchmarks). Two constants are fitted to a run each, `TRAFFIC`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_scale.spec import activations, cost
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.hardware import Gpu
-from lora_scale.spec.memory import Parts, Work, recomputed_layers, shares_tokens
+from lora_scale.spec.kept import offloaded_layers, recomputed_layers
+from lora_scale.spec.memory import Parts, Work, shares_tokens
 from lora_scale.spec.states import Grid, keeps_base_flat
 
 MATRIX = 0.68  # of the data sheet's rate: 673 of 989 TFLOP/s, products in a step of llama-100.7b on two H200s
@@ -20,6 +21,7 @@ ATTENTION = 0.4  # of the same, forward and backward together, in that step
 TRAFFIC = {"auto": 11.7, "none": 23.4}  # by `kernels`: times that a kept byte crosses GPU memory, both ways together
 FITTED_ON = "llama-7.2b without recompute on one H200: 17,311 and 13,640 tokens/s (docs/benchmarks, 2026-11-22)"
 COLLECTIVE = 0.5  # of the link's rate, by NCCL: 221 of 450 GB/s for 84 MB between two H200s
+HOST = 45e9  # bytes a second between a GPU and host memory, one direction: PCIe 5.0 x16
 FORWARD = 1 / 3  # of the work of a pass; what recompute does again
 NETWORK = 50e9  # bytes a second between nodes, a GPU: one port of 400 Gbit/s; assumed
 
@@ -31,36 +33,65 @@ class Seconds:
     matrix: float
     attention: float
     traffic: float
-    gathers: float  # ZeRO-3: the base, twice; what nothing hides
-    sums: float  # tensor parallelism: two sums a layer forward and two backward; what nothing hides
+    gathers: float = 0.0  # ZeRO-3: the base, twice; what nothing hides
+    sums: float = 0.0  # tensor parallelism: two sums a layer forward and two backward; what nothing hides
+    offloading: float = 0.0  # activations to host memory and back; what nothing hides
+
+    @property
+    def computing(self) -> float:
+        return self.matrix + self.attention + self.traffic
 
     @property
     def total(self) -> float:
-        return self.matrix + self.attention + self.traffic + self.gathers + self.sums
+        return self.computing + self.gathers + self.sums + self.offloading
 
 
 def seconds_of_pass(
     model: Architecture, cfg: RunConfig, grid: Grid, work: Work, parts: Parts, gpu: Gpu, gpus_per_node: int
 ) -> Seconds:
     """One micro-batch. Gradients of adapters and the optimizer's step are left out: megabytes."""
+    alone = _computing(model, cfg, grid, work, parts, gpu)
+    tokens, layers = cfg.train.micro_batch_size * cfg.data.seq_len, len(parts.layers)
+    share = recomputed_layers(cfg, layers) / max(1, layers)
+    sums = _sums(model, cfg, grid, gpu, gpus_per_node, tokens, layers, share)
+    if shares_tokens(cfg) and cfg.parallel.overlap and cfg.train.micro_batch_size == 1:
+        sums = max(0.0, sums - alone.matrix)
+    gathers = _gathers(model, cfg, grid, gpu, gpus_per_node)
+    if keeps_base_flat(cfg):
+        gathers = max(0.0, gathers - alone.computing)
+    each_way = len(offloaded_layers(cfg, layers)) / max(1, layers) * _kept(model, cfg, grid, work, parts) / HOST
+    forward = FORWARD * alone.computing
+    offloading = max(0.0, each_way - forward) + max(0.0, each_way - 2 * forward)
+    return replace(alone, gathers=gathers, sums=sums, offloading=offloading)
+
+
+def _computing(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, parts: Parts, gpu: Gpu) -> Seconds:
+    """Of one pass, without what moves between GPUs."""
     tokens = cfg.train.micro_batch_size * cfg.data.seq_len
     share = recomputed_layers(cfg, len(parts.layers)) / max(1, len(parts.layers))
     peak = gpu.peak_tflops * 1e12
     recompute = 2 * cost.computing(model) * share
     attention = cost.attention_flops_per_token(model, cfg.data.seq_len / 2)
-    kept = sum(activations.kept(model, layer, cfg, masked=work.masked, tp=grid.tp) for layer in parts.layers)
-    matrix = tokens * (cost.flops_per_token(model, cfg) + recompute) / grid.tp / (MATRIX * peak)
-    others = {
-        "attention": tokens * attention * (1 + FORWARD * share) / grid.tp / (ATTENTION * peak),
-        "traffic": tokens * kept * TRAFFIC[cfg.kernels] * (1 + FORWARD * share) / gpu.memory_bandwidth,
-    }
-    sums = _sums(model, cfg, grid, gpu, gpus_per_node, tokens, len(parts.layers), share)
-    if shares_tokens(cfg) and cfg.parallel.overlap and cfg.train.micro_batch_size == 1:
-        sums = max(0.0, sums - matrix)
-    gathers = _gathers(model, cfg, grid, gpu, gpus_per_node)
-    if keeps_base_flat(cfg):
-        gathers = max(0.0, gathers - matrix - sum(others.values()))
-    return Seconds(matrix=matrix, **others, gathers=gathers, sums=sums)
+    moved = _kept(model, cfg, grid, work, parts) * TRAFFIC[cfg.kernels]
+    return Seconds(
+        matrix=tokens * (cost.flops_per_token(model, cfg) + recompute) / grid.tp / (MATRIX * peak),
+        attention=tokens * attention * (1 + FORWARD * share) / grid.tp / (ATTENTION * peak),
+        traffic=moved * (1 + FORWARD * share) / gpu.memory_bandwidth,
+    )
+
+
+def _kept(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, parts: Parts) -> float:
+    """Bytes that all layers would keep in a pass, if none recomputed."""
+    each = (activations.kept(model, layer, cfg, masked=work.masked, tp=grid.tp) for layer in parts.layers)
+    return cfg.train.micro_batch_size * cfg.data.seq_len * float(sum(each))
+
+
+def offloaded_in_time(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, parts: Parts, gpu: Gpu) -> float:
+    """The share of layers whose activations can be copied to host memory while a forward pass without recompute
+    computes, at most 1."""
+    kept = cfg.model_copy(update={"recompute": "none"})
+    forward = FORWARD * _computing(model, kept, grid, work, parts, gpu).computing
+    return min(1.0, forward * HOST / _kept(model, cfg, grid, work, parts))
 
 
 def tokens_per_second(cfg: RunConfig, grid: Grid, seconds: float) -> float:
