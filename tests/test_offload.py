@@ -34,9 +34,9 @@ class Watched(offload.Offloading):
         super().__init__(torch.device("cpu"), smallest)
         self.taken = 0
 
-    def _pinned(self, nbytes: int) -> torch.Tensor:
+    def _pin(self, nbytes: int) -> torch.Tensor:
         self.taken += nbytes
-        return super()._pinned(nbytes)
+        return super()._pin(nbytes)
 
 
 def gradients(cfg: RunConfig, offloading: offload.Offloading | None, passes: int = 2) -> dict[str, torch.Tensor]:

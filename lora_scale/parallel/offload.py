@@ -9,6 +9,7 @@ Copies are by copy engines on a stream of their own. Host memory is pinned at th
 """
 
 import mmap
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,8 @@ class Offloading:
         self._leaving: list[_Layer] = []  # whose memory is not free yet
         self._inside: list[tuple[_Layer, Any]] = []  # the layer at work, and its context
         self._now: dict[int, _Layer] = {}  # of the pass under way, by index
+        self._pinned: list[Tensor] = []
+        weakref.finalize(self, _unpin, self._pinned).atexit = False  # memory that is unmapped must not be pinned
 
     def attach(self, layers: Sequence[nn.Module], chosen: Sequence[int]) -> None:
         """From now on `layers[i]` for i in `chosen`, none of the last, keep what they save in host memory."""
@@ -189,9 +192,9 @@ class Offloading:
         """As many elements in pinned memory."""
         if waiting := self._free.get(like.nbytes):
             return waiting.pop().view(like.dtype)
-        return self._pinned(like.nbytes).view(like.dtype)
+        return self._pin(like.nbytes).view(like.dtype)
 
-    def _pinned(self, nbytes: int) -> Tensor:
+    def _pin(self, nbytes: int) -> Tensor:
         """Exactly so much: torch's own allocator takes the next power of two."""
         if self._side is None:
             return torch.empty(nbytes, dtype=torch.uint8)
@@ -204,5 +207,13 @@ class Offloading:
                 f"{nbytes:,} more bytes of host memory cannot be pinned for activation_offloading (CUDA error {code}; "
                 f"{memory.pinned_bytes():,} are). Set activation_offloading=none, or a smaller number"
             )
+        self._pinned.append(found)
         memory.add_pinned(nbytes)
         return found
+
+
+def _unpin(pinned: list[Tensor]) -> None:
+    for one in pinned:
+        torch.cuda.cudart().cudaHostUnregister(one.data_ptr())
+        memory.add_pinned(-one.nbytes)
+    pinned.clear()
