@@ -1,7 +1,8 @@
 """Layouts of a run that fit given hardware, the fastest first by `spec.speed`; and how many layers must recompute.
 
-A layout is tensor parallel size, ZeRO stage, blocks a pass, and how many layers recompute: of each of the first three
-every value that divides is tried, of the last the fewest layers that fit. Tensor-parallel ranks share their tokens.
+A layout is tensor parallel size, ZeRO stage, blocks a pass, how many layers recompute, and how many have activations in
+host memory: of each of the first three every value that divides is tried, of recompute the fewest layers that fit, with
+activations in host memory and without. Tensor-parallel ranks share their tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,8 +61,15 @@ def layouts(
         except ConfigError:  # a size that does not divide
             continue
         for candidate in _candidates(job):
-            if (fitting := least_recompute(candidate, gpu.memory_gib * (1 - SPARE))) is not None:
-                found.append(_layout(fitting, gpu, gpus_per_node))
+            limit = gpu.memory_gib * (1 - SPARE)
+            if (fitting := least_recompute(candidate, limit)) is None:
+                continue
+            found.append(_layout(fitting, gpu, gpus_per_node))
+            if cfg.method == "lora" and cfg.activation_offloading == "none" and fitting.cfg.recompute != "none":
+                instead = candidate.cfg.model_copy(update={"activation_offloading": "auto"})
+                with_host = least_recompute(replace(candidate, cfg=instead), limit)
+                assert with_host is not None, "what is in host memory takes no more of the GPU"
+                found.append(_layout(with_host, gpu, gpus_per_node))
     return sorted(found, key=lambda layout: -layout.tokens_per_second)
 
 
