@@ -6,13 +6,15 @@
     python scripts/bench_serving.py latency --model bench/1b --out docs/benchmarks/NAME.json
     python scripts/bench_serving.py generate --model bench/1b --out docs/benchmarks/NAME.json
     torchrun --nproc_per_node 2 scripts/bench_serving.py latency --model bench/1b --tp 2 --out ...
+    torchrun --nproc_per_node 2 scripts/bench_serving.py generate --model bench/1b --zero-stage 3 --out ...
 
 Random factors: neither time depends on their values. Times are from before the call until the device is idle, median
 and quartiles over the counted passes. `latency` is the LoRA paper's Table 1: one forward pass over BATCHxTOKENS, and
 one more token after them with a key-value cache; the base is measured first and last, which shows the noise. PEFT runs
 in one process only, with its factors in fp32 (its default, which also computes them in fp32) and in the base's dtype.
 `generate`: tokens a second of greedy generation with a key-value cache, transformers' beside `lora-scale generate`'s.
-A tree with uncommitted changes is refused with --out.
+Under ZeRO-3 nothing is merged: a rank has no whole weight. --way picks among the ways. A tree with uncommitted changes
+is refused with --out.
 """
 
 import argparse
@@ -42,6 +44,9 @@ from lora_scale.storage.prompts import Prompt
 
 Times = dict[str, Any]
 NEW = 64  # tokens that `generate` writes after each prompt
+OURS, AGAIN = "ours, not merged", "base again"
+PEFTS = {"PEFT, fp32 factors": False, "PEFT, factors as the base": True}  # whether factors have the base's dtype
+WAYS = ("base", "merged", OURS, *PEFTS, AGAIN)
 
 
 def adapters_of(folder: ModelFolder, cfg: RunConfig, lora: LoraConfig, count: int) -> dict[str, tuple[Path, Adapter]]:
@@ -154,9 +159,9 @@ def generate(args: argparse.Namespace, cfg: RunConfig, grid: grids.Grid) -> dict
             def by_transformers() -> None:
                 here = ids.to(grid.world.device)  # noqa: B023
                 with torch.no_grad():
-                    out = model.generate(  # type: ignore[operator] # noqa: B023
-                        input_ids=here, attention_mask=torch.ones_like(here), max_new_tokens=NEW, do_sample=False
-                    )
+                    seen = torch.ones_like(here)
+                    words = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True}  # what is served says no
+                    out = model.generate(input_ids=here, attention_mask=seen, **words)  # type: ignore[operator] # noqa: B023
                 made[:] = [out.shape[1] - here.shape[1]] * len(out)  # noqa: B023
 
             sides = {"ours": by_us} if grid.world.size > 1 else {"ours": by_us, "transformers": by_transformers}
@@ -178,19 +183,29 @@ def ways(
 ) -> Iterator[tuple[str, nn.Module]]:
     """(name, model) of each way to run it; one model at a time is in memory."""
     adapters = adapters_of(folder, cfg, lora_of(args), 1)
-    plain = serving.serve(cfg, folder, {}, grid).model
-    yield "base", plain
-    merge(plain, adapters, cfg, grid, folder)
-    yield "merged", plain
-    del plain
-    served = serving.serve(cfg, folder, adapters, grid)
-    served.adapters.use(next(iter(adapters)))
-    yield "ours, not merged", served.model
-    del served
-    if grid.world.size == 1:
-        for label, as_base in (("PEFT, fp32 factors", False), ("PEFT, factors as the base", True)):
+    chosen = args.way or WAYS
+    if "base" in chosen or "merged" in chosen:
+        plain = serving.serve(cfg, folder, {}, grid).model
+        if "base" in chosen:
+            yield "base", plain
+        if "merged" in chosen and not _is_partitioned(cfg, grid):
+            merge(plain, adapters, cfg, grid, folder)
+            yield "merged", plain
+        del plain
+    if OURS in chosen:
+        served = serving.serve(cfg, folder, adapters, grid)
+        served.adapters.use(next(iter(adapters)))
+        yield OURS, served.model
+        del served
+    for label, as_base in PEFTS.items():
+        if label in chosen and grid.world.size == 1:
             yield label, with_peft(args, cfg, grid, as_base)
-    yield "base again", serving.serve(cfg, folder, {}, grid).model
+    if AGAIN in chosen:
+        yield AGAIN, serving.serve(cfg, folder, {}, grid).model
+
+
+def _is_partitioned(cfg: RunConfig, grid: grids.Grid) -> bool:
+    return cfg.parallel.zero_stage == 3 and grid.dp_size > 1
 
 
 def table(record: dict[str, Any]) -> list[str]:
@@ -207,6 +222,14 @@ def table(record: dict[str, Any]) -> list[str]:
         for row in (row for row in part["rows"] if "kept_on" in row):
             sizes = f"{row['adapter_bytes']:,} | {row['copied_bytes']:,}"
             lines.append(f"| {name} | {part['adapters']} | {row['kept_on']} | {sizes} | {_spread(row)} |")
+    made = [(name, row) for name, part in record["parts"].items() for row in part["rows"] if "tokens_per_second" in row]
+    if made:
+        lines += ["", "| record | way | by | batch x tokens | new tokens/s | ms (quartiles) |"]
+        lines.append("|---|---|---|---|--:|--:|")
+    for name, row in made:
+        setting = f"{row['batch']} x {row['tokens']}"
+        rate = f"{row['tokens_per_second']:,.0f}"
+        lines.append(f"| {name} | {row['way']} | {row['by']} | {setting} | {rate} | {_spread(row)} |")
     return lines
 
 
@@ -259,13 +282,16 @@ def main() -> int:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--targets", default="q,v", help="roles with commas")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks; start as many")
+    parser.add_argument("--zero-stage", type=int, choices=(0, 3), default=0, help="3: the base over all ranks")
+    parser.add_argument("--way", action="append", choices=WAYS, help="this one only; may be repeated. Default: all")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--setting", action="append", help="BATCHxTOKENS; may be repeated. Default: 1x128 and 16x256")
     parser.add_argument("--passes", type=int, default=100)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     commit = provenance.commit_of_record("bench_serving", refuse=args.out is not None)
-    words = [f"precision={args.precision}", f"parallel.tensor_parallel_size={args.tp}", "parallel.zero_stage=0"]
+    words = [f"precision={args.precision}", f"parallel.tensor_parallel_size={args.tp}"]
+    words.append(f"parallel.zero_stage={args.zero_stage}")
     cfg = configfile.of_model(str(args.model), words)
     here = world.start(world.from_environment(), timeout_minutes=10)
     grid = grids.make(cfg.parallel, here)
