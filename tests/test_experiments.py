@@ -26,11 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_scale.adapters import baselines
 from lora_scale.parallel import recompute
-from lora_scale.parallel.world import World
 from lora_scale.spec import configfile, cost, states
 from lora_scale.spec.named import shape
 from lora_scale.spec.shapes import architecture
-from lora_scale.storage.console import Console
 from lora_scale.storage.runlog import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
@@ -395,7 +393,8 @@ def test_a_wider_search_takes_the_values_that_were_tried(tmp_path: Path) -> None
     assert run_grid.is_ready(grid, cell, tmp_path) and run_grid.chosen_lr(grid, cell, tmp_path) == 1e-3
     made = {"cell": cell.same, "lr": 1e-3, "accuracy": 0.5}
     run_grid.write_record(tmp_path, cell.same, made)
-    grid_worker.finish(grid, cell, tmp_path, World("none", 0, 1, 0), Console(0))
+    nobody: Any = None  # neither a device nor a screen is asked for
+    grid_worker.finish(grid, cell, tmp_path, nobody, nobody)
     assert run_grid.read_record(tmp_path, cell.name) == {**made, "cell": cell.name, "same_as": cell.same}
 
 
