@@ -12,7 +12,6 @@ After a fault in a cell the process ends: what a fault leaves behind in it is no
 
 import argparse
 import fcntl
-import fnmatch
 import gc
 import os
 import shutil
@@ -85,11 +84,16 @@ def work(grid: dict[str, Any], todo: Sequence[Cell], out: Path, here: World, scr
 
 
 def finish(grid: dict[str, Any], cell: Cell, out: Path, here: World, screen: Console) -> None:
-    """Train and score one cell and write its record; an interruption leaves none."""
+    """Train and score one cell and write its record; an interruption leaves none. What another cell has done already
+    is told under this one's name too."""
     began, failures = time.monotonic(), out / "failures" / run_grid.file_name(cell.name)
     lr = None
     try:
         lr = run_grid.chosen_lr(grid, cell, out) if cell.method and not cell.tunes else None
+        done = run_grid.read_record(out, cell.same) if cell.same else None
+        if done is not None and done["lr"] == lr and "failed" not in done:
+            run_grid.write_record(out, cell.name, {**done, "cell": cell.name, "same_as": cell.same})
+            return
         result = trained(grid, cell, out, lr, here, screen) if cell.method else prompted(grid, cell, here)
     except InterruptedRunError:
         raise
@@ -183,10 +187,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grid", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pattern", default="*")
+    parser.add_argument("patterns", nargs="*", default=["*"])
     args = parser.parse_args()
     grid = run_grid.read_grid(args.grid)
-    todo = [cell for cell in run_grid.cells(grid) if fnmatch.fnmatchcase(cell.name, args.pattern)]
+    todo = run_grid.select(grid, args.patterns)
     screen = Console(0, verbosity=-1)
     here = world.start(None, timeout_minutes=30.0)
     try:

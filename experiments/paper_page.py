@@ -54,9 +54,20 @@ MATRICES = {
     "qv": "73.7, 91.3",
     "qkvo": "73.7, 91.7",
 }
+# Table 16 (GPT-3): MNLI with 100, 1,000, 10,000 and all 392,000 rows
+LOW_DATA = {
+    "full": "60.2, 85.8, 88.9, 89.5",
+    "preembed": "37.6, 75.2, 79.5, 88.6",
+    "prelayer": "48.3, 82.5, 85.9, 89.6",
+    "lora": "63.8, 85.6, 89.2, 91.7",
+}
+# Table 15 (GPT-3, r = 8 on q and v, with prefixes and infixes): WikiSQL, MNLI-m
+COMBINED = {"lora": "73.8, 91.6 (Table 6)", "lora+preembed": "75.0, 91.4", "lora+prelayer": "72.9, 90.2"}
 # Table 1 (GPT-2 medium): ms at (batch, tokens)
 LATENCY = {
     "base or merged LoRA": {(1, 128): 19.8, (16, 256): 338.0},
+    "base": {(1, 128): 19.8, (16, 256): 338.0},
+    "merged LoRA": {(1, 128): 19.8, (16, 256): 338.0},
     "adapter-l": {(1, 128): 23.9, (16, 256): 354.8},
     "adapter-h": {(1, 128): 25.8, (16, 256): 366.3},
 }
@@ -70,10 +81,10 @@ def of(groups: run_grid.Groups, experiment: str, task: str, variant: str) -> See
 
 
 def mean(records: Seeds, key: str, scale: float = 100, digits: int = 2) -> str:
-    """Mean and spread; `-` where nothing was run."""
-    values = [scale * record[key] for record in records.values()]
+    """Mean and spread of what did not fail."""
+    values = [scale * record[key] for record in records.values() if key in record]
     if not values:
-        return "-"
+        return "failed" if records else "not run"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else " (1 seed)"
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
@@ -82,63 +93,76 @@ def loss(records: Seeds) -> str:
     return mean(records, "test_nll", 1, 3)
 
 
-def difference(one: Seeds, other: Seeds, key: str) -> tuple[float, float, float]:
-    """In points: mean of the paired differences and its interval."""
-    seeds = sorted(one.keys() & other.keys())
+def trained(records: Seeds) -> str:
+    """How many parameters."""
+    return next((f"{record['trainable']:,}" for record in records.values() if "trainable" in record), "-")
+
+
+def difference(one: Seeds, other: Seeds, key: str) -> tuple[float, float, float] | None:
+    """In points: mean of the paired differences and its interval; None with less than two pairs."""
+    seeds = [seed for seed in sorted(one.keys() & other.keys()) if key in one[seed] and key in other[seed]]
+    if len(seeds) < 2:
+        return None
     center, low, high = run_grid.interval([100 * (one[seed][key] - other[seed][key]) for seed in seeds])
     return center, low, high
 
 
-def said(found: tuple[float, float, float]) -> str:
-    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
+def said(found: tuple[float, float, float] | None) -> str:
+    return "not run" if found is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
 
 
-def methods(groups: run_grid.Groups) -> Iterator[str]:
+def methods(groups: run_grid.Groups, experiment: str = "methods") -> Iterator[str]:
     head = " | ".join(f"{task}: {name} | minus `full`" for task, (_, name) in TASKS.items())
     yield f"| method | trains | synopsis: loss | {head} | GPT-3: WikiSQL, MNLI, SAMSum |"
     yield "|---|--:|--:|--:|--:|--:|--:|---|"
     for method, theirs in METHODS.items():
-        found = {task: of(groups, "methods", task, method) for task in TASKS}
-        row = [f"`{method}`", f"{next(iter(found['synopsis'].values()))['trainable']:,}", loss(found["synopsis"])]
+        found = {task: of(groups, experiment, task, method) for task in TASKS}
+        row = [f"`{method}`", trained(of(groups, "methods", "synopsis", method)), loss(found["synopsis"])]
         for task, (key, _) in TASKS.items():
-            full = of(groups, "methods", task, "full")
+            full = of(groups, experiment, task, "full")
             row += [mean(found[task], key), said(difference(found[task], full, key)) if method != "full" else ""]
         yield f"| {' | '.join([*row, theirs])} |"
 
 
-def verdicts(groups: run_grid.Groups) -> Iterator[str]:
-    """The declared question of each task; then others that were asked after seeing the figures."""
+def verdicts(groups: run_grid.Groups, experiment: str = "methods", ranks: str = "ranks") -> Iterator[str]:
+    """The declared question of each task; then others, which were asked after seeing the figures of `methods`."""
     yield "| question | task | margin | difference (95% interval) | answer |"
     yield "|---|---|--:|--:|---|"
     for method in ("lora", "lora-all"):
         for task, (key, _) in TASKS.items():
-            full, margin = of(groups, "methods", task, "full"), 100 * run_grid.MARGINS[key]
-            found = difference(of(groups, "methods", task, method), full, key)
+            full, margin = of(groups, experiment, task, "full"), 100 * run_grid.MARGINS[key]
+            found = difference(of(groups, experiment, task, method), full, key)
             yield (
                 f"| `{method}` not worse than `full`? | {task} | {margin:g} | {said(found)} | {judged(found, margin)} |"
             )
+    prefix = "lora-" if ranks == "ranks-wide" else ""
     asked = [
-        (("methods", "adapter-h"), ("methods", "lora")),
-        (("methods", "bitfit"), ("methods", "lora")),
-        (("ranks", "r64"), ("ranks", "r1")),
-        (("ranks", "r64"), ("methods", "full")),
+        ((experiment, "adapter-h"), (experiment, "lora")),
+        ((experiment, "bitfit"), (experiment, "lora")),
+        ((ranks, f"{prefix}r64"), (ranks, f"{prefix}r1")),
+        ((ranks, f"{prefix}r64"), (experiment, "full")),
     ]
     for one, other in asked:
         for task, (key, _) in TASKS.items():
             found = difference(of(groups, one[0], task, one[1]), of(groups, other[0], task, other[1]), key)
-            names = " minus ".join(f"`{name}`" for _, name in (one, other))
-            yield f"| {names} (asked afterwards) | {task} | | {said(found)} | {signed(found)} |"
+            names = " minus ".join(f"`{name.removeprefix(prefix)}`" for _, name in (one, other))
+            when = " (asked afterwards)" if experiment == "methods" else ""
+            yield f"| {names}{when} | {task} | | {said(found)} | {signed(found)} |"
 
 
-def judged(found: tuple[float, float, float], margin: float) -> str:
+def judged(found: tuple[float, float, float] | None, margin: float) -> str:
     """Against the margin of what may be lost."""
+    if found is None:
+        return ""
     _, low, high = found
     if low > -margin:
         return "yes, shown"
     return "**no: worse by more than the margin**" if high < -margin else f"**not shown**; {signed(found)}"
 
 
-def signed(found: tuple[float, float, float]) -> str:
+def signed(found: tuple[float, float, float] | None) -> str:
+    if found is None:
+        return ""
     _, low, high = found
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
@@ -152,8 +176,45 @@ def ranks(groups: run_grid.Groups) -> Iterator[str]:
     for rank, theirs in RANKS.items():
         found = {task: of(groups, "ranks", task, rank) for task in TASKS}
         scores = [mean(found[task], key) for task, (key, _) in TASKS.items()]
-        trained = f"{next(iter(found['synopsis'].values()))['trainable']:,}"
-        yield f"| {' | '.join([rank[1:], trained, loss(found['synopsis']), *scores, *theirs])} |"
+        yield f"| {' | '.join([rank[1:], trained(found['synopsis']), loss(found['synopsis']), *scores, *theirs])} |"
+
+
+def ranks_wide(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
+    """Each rank with the best of its own learning rates."""
+    head = " | ".join(f"{task}: learning rate | {name}" for task, (_, name) in TASKS.items())
+    yield f"| r on q, v | {head} | synopsis: loss |"
+    yield "|--:|--:|--:|--:|--:|--:|"
+    for rank in ("r1", "r8", "r64"):
+        found = {task: of(groups, "ranks-wide", task, f"lora-{rank}") for task in TASKS}
+        row = [rank[1:]]
+        for task, (key, _) in TASKS.items():
+            row += [chosen(found[task], _values(grid, "lora-wide" if rank == "r8" else f"lora-{rank}"))[0]]
+            row += [mean(found[task], key)]
+        yield f"| {' | '.join(row)} | {loss(found['synopsis'])} |"
+
+
+def low_data(groups: run_grid.Groups) -> Iterator[str]:
+    """Accuracy on sentiment by the number of training rows."""
+    yield "| method | 100 rows | 1,000 rows | 6,000 rows (`methods`) | GPT-3 on MNLI: 100, 1k, 10k, 392k |"
+    yield "|---|--:|--:|--:|---|"
+    for method, theirs in LOW_DATA.items():
+        places = [("low-data", f"{method}-n100"), ("low-data", f"{method}-n1000"), ("methods", method)]
+        scores = [mean(of(groups, experiment, "sentiment", name), "accuracy") for experiment, name in places]
+        yield f"| `{method}` | {' | '.join([*scores, theirs])} |"
+
+
+def combined(groups: run_grid.Groups) -> Iterator[str]:
+    """LoRA beside vectors, each against LoRA alone."""
+    head = " | ".join(f"{task}: {name} | minus `lora`" for task, (_, name) in TASKS.items())
+    yield f"| method | trains | synopsis: loss | {head} | GPT-3: WikiSQL, MNLI |"
+    yield "|---|--:|--:|--:|--:|--:|--:|---|"
+    for method, theirs in COMBINED.items():
+        found = {task: of(groups, "methods" if method == "lora" else "combined", task, method) for task in TASKS}
+        row = [f"`{method}`", trained(found["synopsis"]), loss(found["synopsis"])]
+        for task, (key, _) in TASKS.items():
+            alone = of(groups, "methods", task, "lora")
+            row += [mean(found[task], key), said(difference(found[task], alone, key)) if method != "lora" else ""]
+        yield f"| {' | '.join([*row, theirs])} |"
 
 
 def matrices(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
@@ -162,9 +223,8 @@ def matrices(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
     for name, theirs in MATRICES.items():
         rank = grid["experiments"]["matrices"]["of"]["lora"][name]["lora.r"]
         found = {task: of(groups, "matrices", task, name) for task in TASKS}
-        scores = [mean(found[task], key) if found[task] else "not run" for task, (key, _) in TASKS.items()]
-        nll = loss(found["synopsis"]) if found["synopsis"] else "not run"
-        yield f"| {', '.join(name)} | {rank} | {nll} | {' | '.join(scores)} | {theirs} |"
+        scores = [mean(found[task], key) for task, (key, _) in TASKS.items()]
+        yield f"| {', '.join(name)} | {rank} | {loss(found['synopsis'])} | {' | '.join(scores)} | {theirs} |"
 
 
 def prompting(groups: run_grid.Groups) -> Iterator[str]:
@@ -195,38 +255,61 @@ def again(groups: run_grid.Groups) -> Iterator[str]:
             )
 
 
-def rates(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
-    """What was chosen of the three values, and for how long each method trained."""
-    head = " | ".join(f"{task}: learning rate | of the three | steps" for task in TASKS)
+def _values(grid: dict[str, Any], method: str) -> list[float]:
+    """The learning rates that were tried; none where the record's grid does not know the method."""
+    return sorted(run_grid.rates_of(grid, method)) if method in grid["methods"] else []
+
+
+def chosen(records: Seeds, values: Sequence[float]) -> tuple[str, str, str]:
+    """The learning rate, its place among those that were tried, and the steps."""
+    if not records:
+        return "not run", "", ""
+    (lr,), (steps,) = ({one[key] for one in records.values() if key in one} for key in ("lr", "steps"))
+    place = {0: "lowest", len(values) - 1: "**highest**"}.get(values.index(lr), f"{values.index(lr) + 1}.")
+    return f"{lr:g}", "middle" if len(values) == 3 and place == "2." else place, str(steps)
+
+
+def rates(groups: run_grid.Groups, grid: dict[str, Any], experiment: str = "methods") -> Iterator[str]:
+    """What was chosen of the values, and for how long each method trained."""
+    count = "three" if experiment == "methods" else "five"
+    head = " | ".join(f"{task}: learning rate | of the {count} | steps" for task in TASKS)
     yield f"| method | {head} |"
     yield "|---|--:|---|--:|--:|---|--:|"
     for method in METHODS:
         row = [f"`{method}`"]
         for task in TASKS:
-            records = of(groups, "methods", task, method).values()
-            (lr,), (steps,) = {one["lr"] for one in records}, {one["steps"] for one in records}
-            place = ("lowest", "middle", "**highest**")[sorted(grid["methods"][method]["lr"]).index(lr)]
-            row += [f"{lr:g}", place, str(steps)]
+            values = _values(grid, method if experiment == "methods" else f"{method}-wide")
+            row += chosen(of(groups, experiment, task, method), values)
         yield f"| {' | '.join(row)} |"
 
 
 def latency(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     settings = [(1, 128), (16, 256)]
-    yield f"| | {' | '.join(f'batch {b}, {t} tokens, ms | the paper, ms' for b, t in settings)} |"
-    yield "|---|--:|--:|--:|--:|"
-    found = {(row["method"], (row["batch"], row["tokens"])): row for row in rows}
+    found = {(row["method"], (row["batch"], row["tokens"]), row.get("graph", False)): row for row in rows}
+    modes = [False, True] if any(graph for *_, graph in found) else [False]
+    told = {False: "ms", True: "CUDA graph, ms"}
+    heads = [f"batch {b}, {t} tokens, {' | '.join(told[mode] for mode in modes)}" for b, t in settings]
+    yield f"| | {' | '.join(f'{head} | the paper, ms' for head in heads)} |"
+    yield f"|---|{'--:|' * (len(settings) * (len(modes) + 1))}"
+    base = next(method for method, *_ in found if method.startswith("base"))
     for method, theirs in LATENCY.items():
+        if (method, settings[0], False) not in found:
+            continue  # called otherwise in this record
         row = []
-        for setting in settings:
-            one, base = found[method, setting], found["base or merged LoRA", setting]
-            low, high = one["quartiles_ms"]
-            more = [
-                one["median_ms"] / base["median_ms"] - 1,
-                theirs[setting] / LATENCY["base or merged LoRA"][setting] - 1,
-            ]
-            told = [f", {change:+.1%}" if change else "" for change in more]
-            row += [f"{one['median_ms']:.1f} ({low:.1f}-{high:.1f}){told[0]}", f"{theirs[setting]}{told[1]}"]
+        for at in settings:
+            row += [_timed(found.get((method, at, mode)), found.get((base, at, mode))) for mode in modes]
+            more = theirs[at] / LATENCY["base"][at] - 1
+            row.append(f"{theirs[at]}{f', {more:+.1%}' if more else ''}")
         yield f"| {method} | {' | '.join(row)} |"
+
+
+def _timed(one: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
+    """Median and quartiles, and how much longer than the base's."""
+    if one is None or base is None:
+        return "not run"
+    (low, high), more = one["quartiles_ms"], one["median_ms"] / base["median_ms"] - 1
+    digits = 1 if base["median_ms"] >= 5 else 2
+    return f"{one['median_ms']:.{digits}f} ({low:.{digits}f}-{high:.{digits}f}){f', {more:+.1%}' if more else ''}"
 
 
 def made(record: dict[str, Any]) -> dict[str, str]:
@@ -242,6 +325,12 @@ def made(record: dict[str, Any]) -> dict[str, str]:
         "prompting": prompting(groups),
         "latency": latency(record["latency"]),
         "again": again(groups),
+        "wider": methods(groups, "wider"),
+        "wider_verdicts": verdicts(groups, "wider", "ranks-wide"),
+        "wider_rates": rates(groups, grid, "wider"),
+        "ranks_wide": ranks_wide(groups, grid),
+        "low_data": low_data(groups),
+        "combined": combined(groups),
     }
     return {name: "\n".join(lines) for name, lines in found.items()}
 

@@ -4,7 +4,8 @@
 Knows cells and records; training and scoring are `grid_worker.py`'s, of which several work on the queue at once.
 
     python experiments/run_grid.py list [PATTERN]        cells, and where each stands
-    python experiments/run_grid.py run [PATTERN] --jobs 8 --minutes 9
+    python experiments/run_grid.py run [PATTERN...] --jobs 8 --minutes 9    several patterns: in this order
+        --gpus 2                                         workers take turns on the GPUs
     python experiments/run_grid.py rerun CELL            once more beside its record, and both compared
         --record docs/benchmarks/NAME.json               the record, where --out has none
     python experiments/run_grid.py tables                means, spreads and intervals, from records alone
@@ -21,13 +22,14 @@ import argparse
 import fnmatch
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +60,7 @@ class Cell:
     method: str  # whose learning rate it has; "" for prompting
     overrides: dict[str, Any]
     shots: int = 0
+    same: str = ""  # the cell that is this one where both have one learning rate
 
     @property
     def tunes(self) -> bool:
@@ -70,12 +73,12 @@ def read_grid(path: Path = HERE / "grid.yaml") -> dict[str, Any]:
 
 def cells(grid: dict[str, Any]) -> Iterator[Cell]:
     """Every cell, in the order of work: learning rates first, with as many values and rows for every method."""
-    pairs = {(task, method): None for e in grid["experiments"].values() for task in e["tasks"] for method in e["of"]}
-    for task, method in pairs:
-        row, rows = grid["methods"][method], grid["tasks"][task]["tuning_rows"]
-        for lr in row["lr"]:
-            overrides = {**row["keys"], "train.lr": lr, "seed": grid["tuning_seed"], "data.max_rows": rows}
-            yield Cell(f"tune/{task}/{method}/lr{lr:g}", task, method, overrides)
+    pairs = [(task, method) for e in grid["experiments"].values() for task in e["tasks"] for method in e["of"]]
+    tried = {(task, like_of(grid, method), lr): None for task, method in pairs for lr in rates_of(grid, method)}
+    for task, method, lr in tried:
+        overrides = {**keys_of(grid, method), "train.lr": lr, "seed": grid["tuning_seed"]}
+        overrides["data.max_rows"] = grid["tasks"][task]["tuning_rows"]
+        yield Cell(f"tune/{task}/{method}/lr{lr:g}", task, method, overrides)
     for experiment, row in grid["experiments"].items():
         if experiment == grid["prompting"].get("before"):
             yield from _prompted(grid)
@@ -84,14 +87,30 @@ def cells(grid: dict[str, Any]) -> Iterator[Cell]:
         yield from _prompted(grid)
 
 
+def like_of(grid: dict[str, Any], method: str) -> str:
+    """The method itself, or the one that it searches further."""
+    return grid["methods"][method].get("like", method)
+
+
+def keys_of(grid: dict[str, Any], method: str) -> dict[str, Any]:
+    return grid["methods"][like_of(grid, method)]["keys"]
+
+
+def rates_of(grid: dict[str, Any], method: str) -> list[float]:
+    """The learning rates among which the method's is chosen."""
+    return [*grid["methods"][like_of(grid, method)]["lr"], *grid["methods"][method].get("more", [])]
+
+
 def _trained(grid: dict[str, Any], experiment: str, row: dict[str, Any]) -> Iterator[Cell]:
     for task in row["tasks"]:
         for method, variants in row["of"].items():
             for variant, changes in variants.items():
-                label = variant if variant == method or len(row["of"]) == 1 else f"{method}-{variant}"
+                alone = variant == like_of(grid, method) or len(row["of"]) == 1
+                label = variant if alone else f"{method}-{variant}"
                 for seed in row.get("seeds", grid["seeds"]):
-                    overrides = {**grid["methods"][method]["keys"], **changes, "seed": seed}
-                    yield Cell(f"{experiment}/{task}/{label}/seed{seed}", task, method, overrides)
+                    overrides = {**keys_of(grid, method), **changes, "seed": seed}
+                    same = row.get("same", "").format(task=task, variant=variant, seed=seed)
+                    yield Cell(f"{experiment}/{task}/{label}/seed{seed}", task, method, overrides, same=same)
 
 
 def _prompted(grid: dict[str, Any]) -> Iterator[Cell]:
@@ -102,7 +121,8 @@ def _prompted(grid: dict[str, Any]) -> Iterator[Cell]:
 
 def _tuning(grid: dict[str, Any], cell: Cell) -> dict[float, str]:
     """Learning rate -> the cell that tries it."""
-    return {lr: f"tune/{cell.task}/{cell.method}/lr{lr:g}" for lr in grid["methods"][cell.method]["lr"]}
+    place = f"tune/{cell.task}/{like_of(grid, cell.method)}"
+    return {lr: f"{place}/lr{lr:g}" for lr in rates_of(grid, cell.method)}
 
 
 def is_ready(grid: dict[str, Any], cell: Cell, out: Path) -> bool:
@@ -168,25 +188,48 @@ def write_record(out: Path, name: str, record: dict[str, Any]) -> None:
     write_text_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
-def run_workers(grid: Path, pattern: str, out: Path, jobs: int, minutes: float) -> None:
+def select(grid: dict[str, Any], patterns: Sequence[str]) -> list[Cell]:
+    """The cells that a pattern names, each once, in the order of the patterns."""
+    found = {c.name: c for pattern in patterns for c in cells(grid) if fnmatch.fnmatchcase(c.name, pattern)}
+    return list(found.values())
+
+
+def on_gpu(taken: Sequence[str], visible: Sequence[str]) -> dict[str, str]:
+    """What makes a worker see only the GPU that has the fewest of those that run; of one GPU nothing is said."""
+    return {"CUDA_VISIBLE_DEVICES": min(visible, key=list(taken).count)} if len(visible) > 1 else {}
+
+
+def visible_gpus(count: int, env: Mapping[str, str] = os.environ) -> list[str]:
+    """The names of the first `count` GPUs."""
+    names = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(map(str, range(count)))
+    if len(names) < count:
+        raise SystemExit(f"run_grid: --gpus {count}, and CUDA_VISIBLE_DEVICES names {len(names)}")
+    return names[:count]
+
+
+def run_workers(
+    grid: Path, patterns: Sequence[str], out: Path, jobs: int, minutes: float, gpus: Sequence[str] = ()
+) -> None:
     """Keep `jobs` workers at the queue until it is empty or the time is up; tells each record as it comes."""
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "grid_worker.py"), "--grid", str(grid), "--out", str(out)]
+    command = [sys.executable, str(HERE / "grid_worker.py"), "--grid", str(grid), "--out", str(out), *patterns]
     told = {path.name for path in (out / "records").glob("*.json")}
-    running: list[subprocess.Popen[bytes]] = []
+    running: dict[subprocess.Popen[bytes], str] = {}  # and the GPU of each
     left, starts = jobs, jobs + RESTARTS
     try:
         while time.monotonic() < deadline and (left or running):
             while len(running) < left and starts:
                 log = (out / f"worker-{jobs + RESTARTS - starts:03d}.txt").open("ab")
-                running.append(subprocess.Popen([*command, "--pattern", pattern], stdout=log, stderr=log))
+                given = on_gpu(list(running.values()), gpus)
+                process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **given})
+                running[process] = given.get("CUDA_VISIBLE_DEVICES", "")
                 log.close()
                 starts -= 1
             time.sleep(0.5)
             _tell(out, told)
             ended = [process for process in running if process.poll() is not None]
-            running = [process for process in running if process not in ended]
+            running = {process: gpu for process, gpu in running.items() if process not in ended}
             if ended and (not starts or any(process.returncode == 0 for process in ended)):
                 left = len(running)  # nothing is left to begin; the others finish what they are at
     finally:
@@ -244,7 +287,8 @@ def grouped(grid: dict[str, Any], records: dict[str, dict[str, Any]]) -> Groups:
             for title, variants in groups.items():
                 if title.startswith(f"{experiment}, "):
                     names = {f"seed{seed}": place.format(task=title.split(", ")[1], seed=seed) for seed in row["seeds"]}
-                    variants[variant] = {seed: records[name] for seed, name in names.items() if name in records}
+                    if found := {seed: records[name] for seed, name in names.items() if name in records}:
+                        variants[variant] = found
     return groups
 
 
@@ -278,10 +322,12 @@ def _chosen(grid: dict[str, Any], records: dict[str, dict[str, Any]]) -> Iterato
     pairs = {(cell.task, cell.method) for cell in cells(grid) if cell.tunes and cell.name in records}
     if not pairs:
         return
-    yield from ("### learning rates, by validation loss", "", "| | | | |", "|---|--:|--:|--:|")
-    for task, method in sorted(pairs):
-        tried = [(lr, records.get(f"tune/{task}/{method}/lr{lr:g}", {})) for lr in grid["methods"][method]["lr"]]
-        losses = [f"{lr:g}: {one['val_loss']:.4f}" if one.get("val_loss") else f"{lr:g}: -" for lr, one in tried]
+    tried = {pair: [c for c in cells(grid) if c.tunes and (c.task, c.method) == pair] for pair in sorted(pairs)}
+    most = max(map(len, tried.values()))
+    yield from ("### learning rates, by validation loss", "", f"|{' |' * (1 + most)}", f"|---|{'--:|' * most}")
+    for (task, method), each in tried.items():
+        found = sorted((cell.overrides["train.lr"], records.get(cell.name, {}).get("val_loss")) for cell in each)
+        losses = [f"{lr:g}: {loss:.4f}" if loss else f"{lr:g}: -" for lr, loss in found] + [""] * (most - len(each))
         yield f"| {task}, {method} | {' | '.join(losses)} |"
     yield ""
 
@@ -314,9 +360,10 @@ def rerun(grid: Path, cell: Cell, out: Path, minutes: float) -> None:
         if (record := read_record(out, name)) is None:
             raise SystemExit(f"run_grid: {cell.name} needs {name}, of which {out} has no record; name one by --record")
         write_record(again, name, record)
-    record_path(again, cell.name).unlink(missing_ok=True)
+    for name in filter(None, (cell.name, cell.same)):  # without the second the cell is trained
+        record_path(again, name).unlink(missing_ok=True)
     shutil.rmtree(again / "runs" / file_name(cell.name), ignore_errors=True)
-    run_workers(grid, cell.name, again, 1, minutes)
+    run_workers(grid, [cell.name], again, 1, minutes)
     for label, folder in (("before", out), ("again", again)):
         record = read_record(folder, cell.name)
         print(f"{label:<7} {summary(record) if record else 'no record'}")
@@ -357,13 +404,15 @@ def _latency(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What experiments/latency.py printed: milliseconds of a forward pass, and how much longer than without."""
     if not rows:
         return
-    settings = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
-    base = {(row["batch"], row["tokens"]): row["median_ms"] for row in rows if row["method"].startswith("base")}
+    places = [(row["batch"], row["tokens"], row.get("graph", False)) for row in rows]
+    settings = list(dict.fromkeys(places))
+    base = {at: row["median_ms"] for at, row in zip(places, rows, strict=True) if row["method"].startswith("base")}
+    heads = [f"batch {batch}, {tokens} tokens{', CUDA graph' if graph else ''}" for batch, tokens, graph in settings]
     yield from ("", f"### latency, {rows[0]['shape']}: ms a forward pass, median (quartiles)", "")
-    yield f"| | {' | '.join(f'batch {batch}, {tokens} tokens' for batch, tokens in settings)} |"
+    yield f"| | {' | '.join(heads)} |"
     yield f"|---|{'--:|' * len(settings)}"
     for method in dict.fromkeys(row["method"] for row in rows):
-        found = {(row["batch"], row["tokens"]): row for row in rows if row["method"] == method}
+        found = {at: row for at, row in zip(places, rows, strict=True) if row["method"] == method}
         texts = [
             f"{one['median_ms']:.2f} ({one['quartiles_ms'][0]:.2f}-{one['quartiles_ms'][1]:.2f}), "
             f"{one['median_ms'] / base[setting] - 1:+.1%}"
@@ -376,22 +425,23 @@ def _latency(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["list", "run", "rerun", "tables", "collect"])
-    parser.add_argument("pattern", nargs="?", default="*", help="cells by name, * and ? as in file names; a file")
+    parser.add_argument("patterns", nargs="*", default=["*"], help="cells by name, * and ? as in file names; a file")
     parser.add_argument("--grid", type=Path, default=HERE / "grid.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"))
     parser.add_argument("--record", type=Path, help="of `collect`: its cells count as done here")
-    parser.add_argument("--jobs", type=int, default=1, help="workers at once, all on the GPUs that are visible")
+    parser.add_argument("--jobs", type=int, default=1, help="workers at once, on all GPUs together")
+    parser.add_argument("--gpus", type=int, default=1, help="the first so many GPUs that are visible, by turns")
     parser.add_argument("--minutes", type=float, default=1e6)
     args = parser.parse_args()
     grid = read_grid(args.grid)
     if args.record is not None:
         spread(json.loads(args.record.read_text()), args.out)
     if args.verb == "collect":
-        collect(grid, args.out, Path(args.pattern))
+        collect(grid, args.out, Path(args.patterns[0]))
         return 0
-    chosen = [cell for cell in cells(grid) if fnmatch.fnmatchcase(cell.name, args.pattern)]
+    chosen = select(grid, args.patterns)
     if not chosen:
-        raise SystemExit(f"run_grid: no cell is called {args.pattern}; see `list`")
+        raise SystemExit(f"run_grid: no cell is called {' or '.join(args.patterns)}; see `list`")
     if args.verb == "tables":
         print(tables(grid, read_records(grid, args.out)), end="")
     elif args.verb == "list":
@@ -403,11 +453,11 @@ def main() -> int:
         if commit is None or "+" in commit:
             raise SystemExit("run_grid: a record names its commit; commit all changes first")
         if args.verb == "run":
-            run_workers(args.grid, args.pattern, args.out, args.jobs, args.minutes)
+            run_workers(args.grid, args.patterns, args.out, args.jobs, args.minutes, visible_gpus(args.gpus))
         elif len(chosen) == 1:
             rerun(args.grid, chosen[0], args.out, args.minutes)
         else:
-            raise SystemExit(f"run_grid: rerun takes one cell, {args.pattern} names {len(chosen)}")
+            raise SystemExit(f"run_grid: rerun takes one cell, {' '.join(args.patterns)} names {len(chosen)}")
     return 0
 
 

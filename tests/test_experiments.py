@@ -6,12 +6,13 @@ import json
 import os
 import tarfile
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import convert_tasks
 import get_tasks
+import grid_worker
+import latency
 import paper_page
 import pytest
 import run_grid
@@ -197,9 +198,10 @@ def test_every_cell_is_a_run_that_can_be_loaded(tmp_path: Path) -> None:
 
 
 def test_every_method_gets_as_much() -> None:
-    """As many learning rates, and as many seeds: none is searched harder than another."""
-    tried = Counter(tuple(cell.name.split("/")[1:3]) for cell in run_grid.cells(GRID) if cell.tunes)
-    assert set(tried.values()) == {3}
+    """As many learning rates, and as many seeds: within an experiment none is searched harder than another."""
+    counts = {name: [len(run_grid.rates_of(GRID, method)) for method in row["of"]] for name, row in EXPERIMENTS.items()}
+    assert all(len(set(each)) == 1 for each in counts.values())
+    assert counts["methods"][0] == 3 and counts["wider"][0] == 5 and len(counts["wider"]) == len(counts["methods"])
     seeds: dict[str, set[int]] = {}
     for cell in run_grid.cells(GRID):
         if cell.method and not cell.tunes:
@@ -295,7 +297,7 @@ def written(grid: dict[str, Any], folder: Path) -> Path:
 
 
 def run_toy(grid: dict[str, Any], folder: Path, pattern: str, jobs: int = 1, minutes: float = 4) -> Path:
-    run_grid.run_workers(written(grid, folder), pattern, folder / "out", jobs, minutes)
+    run_grid.run_workers(written(grid, folder), [pattern], folder / "out", jobs, minutes)
     return folder / "out"
 
 
@@ -374,6 +376,54 @@ def test_a_cell_waits_for_the_learning_rates_of_its_method(tmp_path: Path) -> No
         run_grid.write_record(tmp_path, f"tune/toy/prelayer/lr{lr}", {"failed": "x"})
     with pytest.raises(LookupError, match="every learning rate of prelayer failed on toy"):
         run_grid.chosen_lr(grid, cell, tmp_path)
+
+
+def test_a_wider_search_takes_the_values_that_were_tried(tmp_path: Path) -> None:
+    """And the run that was made, where none of the new values is better."""
+    grid = toy(tmp_path)
+    grid["methods"]["wide"] = {"like": "prelayer", "more": [1e-1]}
+    row = {"tasks": ["toy"], "same": "methods/{task}/{variant}/seed{seed}", "of": {"wide": {"prelayer": {}}}}
+    grid["experiments"]["wider"] = row
+    names = [cell.name for cell in run_grid.cells(grid) if cell.method]
+    assert names[:3] == ["tune/toy/prelayer/lr0.001", "tune/toy/prelayer/lr0.1", "methods/toy/prelayer/seed0"]
+    cell = cell_of(grid, "wider/toy/prelayer/seed0")
+    run_grid.write_record(tmp_path, names[0], {"val_loss": 1.0})
+    assert not run_grid.is_ready(grid, cell, tmp_path)
+    run_grid.write_record(tmp_path, names[1], {"val_loss": 2.0})
+    assert run_grid.is_ready(grid, cell, tmp_path) and run_grid.chosen_lr(grid, cell, tmp_path) == 1e-3
+    made = {"cell": cell.same, "lr": 1e-3, "accuracy": 0.5}
+    run_grid.write_record(tmp_path, cell.same, made)
+    nobody: Any = None  # neither a device nor a screen is asked for
+    grid_worker.finish(grid, cell, tmp_path, nobody, nobody)
+    assert run_grid.read_record(tmp_path, cell.name) == {**made, "cell": cell.name, "same_as": cell.same}
+
+
+def test_patterns_are_an_order() -> None:
+    found = [cell.name for cell in run_grid.select(GRID, ["kept/*", "tune/*", "*"])]
+    assert found[0] == "kept/synopsis/r8/seed0" and found[4].startswith("tune/")
+    assert sorted(found) == sorted(cell.name for cell in run_grid.cells(GRID))
+
+
+def test_workers_take_turns_on_gpus() -> None:
+    assert run_grid.visible_gpus(2, {}) == ["0", "1"] and run_grid.visible_gpus(1, {"CUDA_VISIBLE_DEVICES": "3,4"}) == [
+        "3"
+    ]
+    taken: list[str] = []
+    for _ in range(4):
+        taken.append(run_grid.on_gpu(taken, ["0", "1"])["CUDA_VISIBLE_DEVICES"])
+    assert taken == ["0", "1", "0", "1"]
+    assert run_grid.on_gpu(["0", "1", "1"], ["0", "1"]) == {"CUDA_VISIBLE_DEVICES": "0"}, "where one has ended"
+    assert run_grid.on_gpu([], ["0"]) == {}
+    with pytest.raises(SystemExit, match="names 1"):
+        run_grid.visible_gpus(2, {"CUDA_VISIBLE_DEVICES": "3"})
+
+
+def test_a_merged_lora_is_the_base_with_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "shape", lambda name: {**shape(name), "n_embd": 32, "n_layer": 1, "n_head": 2})
+    base, merged = (latency.build("gpt2-small", method, 8, "cpu", torch.float32) for method in (None, "lora"))
+    assert [type(module) for module in base.modules()] == [type(module) for module in merged.modules()]
+    found = latency.milliseconds(latency.forward(merged, 1, 4, "cpu", graph=False), "cpu", passes=3, warm_up=1)
+    assert len(found) == 3 and min(found) > 0
 
 
 def test_collected_records_give_the_same_tables(tmp_path: Path) -> None:
