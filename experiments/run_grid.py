@@ -149,7 +149,7 @@ def config_of(grid: dict[str, Any], cell: Cell, run: Path, lr: float | None) -> 
     """The run's config, nested; a learning rate is in the cell already where it is being tuned."""
     task = grid["tasks"][cell.task]
     flat = {
-        "model": grid["model"],
+        "model.path": grid["model"],
         "data.train": f"{task['data']}/train.jsonl",
         "data.validation": f"{task['data']}/val.jsonl",
         "data.max_rows": task["rows"],
