@@ -30,7 +30,7 @@ LORA_KEYS = (
     "modules_to_save, trainable_token_indices, pissa"
 )
 TOP = (
-    "keys at the top: run_dir, method, precision, recompute, kernels, resume, init_adapter, allow_other_base, seed, "
+    "keys at the top: run_dir, method, precision, recompute, activation_offloading, kernels, resume, init_adapter, allow_other_base, seed, "
     "max_hours"
 )
 ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, early_stop, save, parallel, memory, engine, track"
