@@ -1,7 +1,7 @@
 """Memory of one rank, by category and by moment of a step: what lies where when memory is fullest. No torch.
 
 Model states are exact (`spec.states`), activations are counted (`spec.activations`), the rest are formulas with their
-source, and three constants are calibrated: `LIBRARIES`, `GATHERED_LAYERS`, `WASTE`. The four runs they come from are
+source, and three constants are calibrated: `LIBRARIES`, `GATHERED_LAYERS`, `WASTE`. The runs they come from are
 `CALIBRATED_ON`; a comparison with those proves nothing.
 """
 
@@ -19,11 +19,14 @@ from lora_scale.spec.layout import FLAT_BUFFERS
 from lora_scale.spec.states import Grid, States, flat_pieces, frozen_units, keeps_base_flat, trained_shapes
 from lora_scale.spec.states import states as states_of
 
-CALIBRATED_ON = "llama-7.2b with LoRA, 1 and 2 H200s, with and without recompute (docs/benchmarks, 2026-11-22)"
+CALIBRATED_ON = (
+    "llama-7.2b with LoRA, 1 and 2 H200s, with and without recompute; what is reserved also on llama-1.1b, LoRA and "
+    "full, and on llama-7.2b, full under ZeRO-2 (docs/benchmarks)"
+)
 MIB, GIB = 1 << 20, 1 << 30
 LIBRARIES = 80 * MIB  # two cuBLAS workspaces of 32 MiB on Hopper, and small things: what was left of 1-GPU peaks
 GATHERED_LAYERS = 4  # three live (stage3_max_live_parameters), and one more as the flat buffer it was gathered in
-WASTE = (1.2, 2.5)  # GiB reserved and not allocated: by itself, and for each GiB that ZeRO-3 gathers and frees
+WASTE = (0.7, 0.02, 2.5)  # reserved and not allocated: GiB; of the peak; of what DeepSpeed's ZeRO-3 gathers and frees
 CONTEXT = int(0.5 * GIB)  # CUDA context and loaded kernels; assumed, not measured by us
 NCCL = int(0.4 * GIB)  # communicators' buffers, with more than one rank; assumed, not measured by us
 ADAM_GROUP = 1_000_000_000  # elements ZeRO-3 steps at once (DeepSpeed's default sub_group_size)
@@ -150,7 +153,7 @@ def memory(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, made: Pa
     moments["step"] = _moment(states, gathered=standing, workspace=step_workspace(states, made.trained, cfg))
     return Memory(
         moments=moments,
-        waste=waste(0 if keeps_base_flat(cfg) else gather - slots),
+        waste=waste(moments, gathered_and_freed(cfg, layers, grid), cfg.parallel.zero_stage),
         context=CONTEXT,
         nccl=NCCL if grid.ranks > 1 else 0,
         host=HOST + (checkpoint_bytes(numel(made.trained) * grid.tp) if cfg.method == "lora" else 0),
@@ -261,10 +264,23 @@ def largest_group(trained: Sequence[Shape], share: float) -> int:
     return largest
 
 
-def waste(gather: int) -> int:
-    """Reserved and never filled: buffers of many sizes, that DeepSpeed's ZeRO-3 gathers into on two streams, make most
-    of it."""
-    return int(WASTE[0] * GIB + WASTE[1] * gather)
+def gathered_and_freed(cfg: RunConfig, layers: Sequence[Layer], grid: Grid) -> int:
+    """What DeepSpeed's ZeRO-3 gathers anew for each layer, into buffers of many sizes on two streams."""
+    if keeps_base_flat(cfg) or cfg.parallel.zero_stage != 3 or (grid.base_over or grid.dp) == 1:
+        return 0
+    live = GATHERED_LAYERS * max(layer.numel for layer in layers)
+    return ITEMSIZE[cfg.precision] * min(live, sum(layer.numel for layer in layers)) // grid.tp
+
+
+def waste(moments: Mapping[str, Moment], gather: int, stage: int) -> int:
+    """Reserved and never filled. What a pass has held cannot serve the optimizer's few large temporaries, nor these the
+    pass: of the two the smaller is reserved beside the peak. DeepSpeed's ZeRO-2 lays the gradients end to end before
+    its step, as large as the temporary again, and frees what they were only then."""
+    step, peak = moments["step"].workspace, max(moment.total for moment in moments.values())
+    stays = moments["step"].total - step
+    held = max(moment.total for name, moment in moments.items() if name != "step") - stays
+    large = 2 * step if stage == 2 else step
+    return int(WASTE[0] * GIB + WASTE[1] * peak + WASTE[2] * gather) + min(large, held)
 
 
 def _tokens(cfg: RunConfig) -> int:
