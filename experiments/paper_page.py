@@ -326,11 +326,12 @@ def draw(record: dict[str, Any], to: Path) -> None:
         axes.axhline(full[1], color="#9a9a9a", lw=0.9, ls="--")
         axes.axhspan(full[1] - 100 * run_grid.MARGINS[key], full[1], color="#ececec", lw=0)
         axes.errorbar(*zip(*line.values(), strict=True), color="#3b6ea5", marker="o", ms=4, capsize=2, lw=1.4)
+        own = [point for point in own if point[1] > floor]
         axes.errorbar(*zip(*own, strict=True), color="#3b6ea5", marker="o", ms=4, mfc="white", capsize=2, lw=1, ls=":")
         for rank, (x, y, _) in line.items():
             beside: dict[str, Any] = {"xytext": (5, -4)} if rank == "r64" else {"xytext": (-4, 3), "ha": "right"}
             axes.annotate(rank[1:], (x, y), color="#3b6ea5", **beside, **near)
-        axes.annotate("LoRA on q, v, by r", (4e6, line["r1"][1]), color="#3b6ea5", ha="center", fontsize=8)
+        axes.annotate("LoRA on q, v, by r", (8e6, line["r4"][1]), color="#3b6ea5", ha="center", fontsize=8)
         axes.annotate("margin", (1.1e4, full[1] - 100 * run_grid.MARGINS[key]), (0, 3), color="#9a9a9a", **near)
         for method, (x, y, spread) in points.items():
             if method == "lora":
