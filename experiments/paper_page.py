@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The tables of docs/paper.md, each beside the paper's own numbers, and its picture. Nothing else knows both.
 
-    python experiments/paper_page.py docs/benchmarks/2026-11-22-paper.json docs/paper.md
+    python experiments/paper_page.py docs/benchmarks/2026-11-23-paper.json docs/paper.md
 
 Reads what `run_grid.py collect` wrote. Writes each table between its two marks in the page, `<!-- made: NAME -->` and
 `<!-- end -->`, and the picture beside the record. Scores are in points (hundredths), spreads are standard deviations
@@ -36,14 +36,8 @@ METHODS = {
     "lora": "4.7M (r = 1): 73.4, 91.7, 45.9; 37.7M (r = 8): 74.0, 91.6, 45.1",
     "lora-all": "-",
 }
-# Table 6 (GPT-3, W_q and W_v): WikiSQL, MNLI-m; Table 18 (GPT-2 medium, E2E): validation loss
-RANKS = {
-    "r1": ("73.4, 91.3", "1.23"),
-    "r2": ("73.3, 91.3", "1.21"),
-    "r4": ("73.7, 91.4", "1.18"),
-    "r8": ("73.8, 91.6", "1.17"),
-    "r64": ("73.5, 91.4", "1.16"),
-}
+# Table 6 (GPT-3, W_q and W_v): WikiSQL, MNLI-m
+RANKS = {"r1": "73.4, 91.3", "r2": "73.3, 91.3", "r4": "73.7, 91.4", "r8": "73.8, 91.6", "r64": "73.5, 91.4"}
 # Table 5 (GPT-3, 18M parameters): WikiSQL, MNLI-m
 MATRICES = {
     "q": "70.4, 91.0",
@@ -61,8 +55,6 @@ LOW_DATA = {
     "prelayer": "48.3, 82.5, 85.9, 89.6",
     "lora": "63.8, 85.6, 89.2, 91.7",
 }
-# Table 15 (GPT-3, r = 8 on q and v, with prefixes and infixes): WikiSQL, MNLI-m
-COMBINED = {"lora": "73.8, 91.6 (Table 6)", "lora+preembed": "75.0, 91.4", "lora+prelayer": "72.9, 90.2"}
 # Table 1 (GPT-2 medium): ms at (batch, tokens)
 LATENCY = {
     "base or merged LoRA": {(1, 128): 19.8, (16, 256): 338.0},
@@ -70,6 +62,14 @@ LATENCY = {
     "merged LoRA": {(1, 128): 19.8, (16, 256): 338.0},
     "adapter-l": {(1, 128): 23.9, (16, 256): 354.8},
     "adapter-h": {(1, 128): 25.8, (16, 256): 366.3},
+}
+
+# cells that are another once more: the second's config and seed, trained anew
+AGAIN = {
+    **{f"again/{task}/{name}/seed0": f"methods/{task}/{name}/seed0" for task in TASKS for name in ("full", "lora")},
+    **{f"kept/synopsis/r8/seed{seed}": f"methods/synopsis/lora/seed{seed}" for seed in (0, 1)},
+    **{f"kept/synopsis/r64/seed{seed}": f"ranks/synopsis/r64/seed{seed}" for seed in (0, 1)},
+    **{f"ranks-wide/synopsis/lora-r64/seed{seed}": f"ranks/synopsis/r64/seed{seed}" for seed in (0, 1, 2)},
 }
 
 # where a label would lie on another, in the picture: points to the right and up
@@ -111,43 +111,37 @@ def said(found: tuple[float, float, float] | None) -> str:
     return "not run" if found is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*found)
 
 
-def methods(groups: run_grid.Groups, experiment: str = "methods") -> Iterator[str]:
+def methods(groups: run_grid.Groups) -> Iterator[str]:
+    """Table 4, each method with the best of five learning rates."""
     head = " | ".join(f"{task}: {name} | minus `full`" for task, (_, name) in TASKS.items())
     yield f"| method | trains | synopsis: loss | {head} | GPT-3: WikiSQL, MNLI, SAMSum |"
     yield "|---|--:|--:|--:|--:|--:|--:|---|"
     for method, theirs in METHODS.items():
-        found = {task: of(groups, experiment, task, method) for task in TASKS}
-        row = [f"`{method}`", trained(of(groups, "methods", "synopsis", method)), loss(found["synopsis"])]
+        found = {task: of(groups, "wider", task, method) for task in TASKS}
+        row = [f"`{method}`", trained(found["synopsis"]), loss(found["synopsis"])]
         for task, (key, _) in TASKS.items():
-            full = of(groups, experiment, task, "full")
+            full = of(groups, "wider", task, "full")
             row += [mean(found[task], key), said(difference(found[task], full, key)) if method != "full" else ""]
         yield f"| {' | '.join([*row, theirs])} |"
 
 
-def verdicts(groups: run_grid.Groups, experiment: str = "methods", ranks: str = "ranks") -> Iterator[str]:
-    """The declared question of each task; then others, which were asked after seeing the figures of `methods`."""
+def verdicts(groups: run_grid.Groups) -> Iterator[str]:
+    """The declared question of each task; then others."""
     yield "| question | task | margin | difference (95% interval) | answer |"
     yield "|---|---|--:|--:|---|"
     for method in ("lora", "lora-all"):
         for task, (key, _) in TASKS.items():
-            full, margin = of(groups, experiment, task, "full"), 100 * run_grid.MARGINS[key]
-            found = difference(of(groups, experiment, task, method), full, key)
+            full, margin = of(groups, "wider", task, "full"), 100 * run_grid.MARGINS[key]
+            found = difference(of(groups, "wider", task, method), full, key)
             yield (
                 f"| `{method}` not worse than `full`? | {task} | {margin:g} | {said(found)} | {judged(found, margin)} |"
             )
-    prefix = "lora-" if ranks == "ranks-wide" else ""
-    asked = [
-        ((experiment, "adapter-h"), (experiment, "lora")),
-        ((experiment, "bitfit"), (experiment, "lora")),
-        ((ranks, f"{prefix}r64"), (ranks, f"{prefix}r1")),
-        ((ranks, f"{prefix}r64"), (experiment, "full")),
-    ]
-    for one, other in asked:
+    lora, full, r1, r64 = ("wider", "lora"), ("wider", "full"), ("ranks-wide", "lora-r1"), ("ranks-wide", "lora-r64")
+    for one, other in [(("wider", "adapter-h"), lora), (("wider", "bitfit"), lora), (r64, r1), (r64, full)]:
         for task, (key, _) in TASKS.items():
             found = difference(of(groups, one[0], task, one[1]), of(groups, other[0], task, other[1]), key)
-            names = " minus ".join(f"`{name.removeprefix(prefix)}`" for _, name in (one, other))
-            when = " (asked afterwards)" if experiment == "methods" else ""
-            yield f"| {names}{when} | {task} | | {said(found)} | {signed(found)} |"
+            names = " minus ".join(f"`{name.removeprefix('lora-')}`" for _, name in (one, other))
+            yield f"| {names} | {task} | | {said(found)} | {signed(found)} |"
 
 
 def judged(found: tuple[float, float, float] | None, margin: float) -> str:
@@ -168,29 +162,20 @@ def signed(found: tuple[float, float, float] | None) -> str:
 
 
 def ranks(groups: run_grid.Groups) -> Iterator[str]:
+    """At the learning rate of r = 8, and where it was run with the best of each rank's own."""
+    names = [f"{task}: {name}" for task, (_, name) in TASKS.items()]
     yield (
-        "| r on q, v | trains | synopsis: loss | synopsis: ROUGE-L | sentiment: accuracy | GPT-3: WikiSQL, MNLI "
-        "| GPT-2 medium: E2E loss |"
+        f"| r on q, v | trains | synopsis: loss | {' | '.join(names)} | {' | '.join(f'{n}, own rate' for n in names)} "
+        "| GPT-3: WikiSQL, MNLI |"
     )
-    yield "|--:|--:|--:|--:|--:|---|--:|"
+    yield "|--:|--:|--:|--:|--:|--:|--:|---|"
     for rank, theirs in RANKS.items():
         found = {task: of(groups, "ranks", task, rank) for task in TASKS}
         scores = [mean(found[task], key) for task, (key, _) in TASKS.items()]
-        yield f"| {' | '.join([rank[1:], trained(found['synopsis']), loss(found['synopsis']), *scores, *theirs])} |"
-
-
-def ranks_wide(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
-    """Each rank with the best of its own learning rates."""
-    head = " | ".join(f"{task}: learning rate | {name}" for task, (_, name) in TASKS.items())
-    yield f"| r on q, v | {head} | synopsis: loss |"
-    yield "|--:|--:|--:|--:|--:|--:|"
-    for rank in ("r1", "r8", "r64"):
-        found = {task: of(groups, "ranks-wide", task, f"lora-{rank}") for task in TASKS}
-        row = [rank[1:]]
         for task, (key, _) in TASKS.items():
-            row += [chosen(found[task], _values(grid, "lora-wide" if rank == "r8" else f"lora-{rank}"))[0]]
-            row += [mean(found[task], key)]
-        yield f"| {' | '.join(row)} | {loss(found['synopsis'])} |"
+            own = of(groups, "ranks-wide", task, f"lora-{rank}")
+            scores.append(f"{mean(own, key)} at {next(iter(own.values()))['lr']:g}" if own else "")
+        yield f"| {' | '.join([rank[1:], trained(found['synopsis']), loss(found['synopsis']), *scores, theirs])} |"
 
 
 def low_data(groups: run_grid.Groups) -> Iterator[str]:
@@ -204,17 +189,17 @@ def low_data(groups: run_grid.Groups) -> Iterator[str]:
 
 
 def combined(groups: run_grid.Groups) -> Iterator[str]:
-    """LoRA beside vectors, each against LoRA alone."""
+    """LoRA beside vectors, each against LoRA alone; the best of three learning rates for each."""
     head = " | ".join(f"{task}: {name} | minus `lora`" for task, (_, name) in TASKS.items())
-    yield f"| method | trains | synopsis: loss | {head} | GPT-3: WikiSQL, MNLI |"
-    yield "|---|--:|--:|--:|--:|--:|--:|---|"
-    for method, theirs in COMBINED.items():
+    yield f"| method | trains | synopsis: loss | {head} |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    for method in ("lora", "lora+preembed", "lora+prelayer"):
         found = {task: of(groups, "methods" if method == "lora" else "combined", task, method) for task in TASKS}
         row = [f"`{method}`", trained(found["synopsis"]), loss(found["synopsis"])]
         for task, (key, _) in TASKS.items():
             alone = of(groups, "methods", task, "lora")
             row += [mean(found[task], key), said(difference(found[task], alone, key)) if method != "lora" else ""]
-        yield f"| {' | '.join([*row, theirs])} |"
+        yield f"| {' | '.join(row)} |"
 
 
 def matrices(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
@@ -241,45 +226,32 @@ def prompting(groups: run_grid.Groups) -> Iterator[str]:
 
 
 def again(groups: run_grid.Groups) -> Iterator[str]:
-    yield "| cell, seed 0 | loss: first | again | score: first | again | difference | spread over seeds |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
-    for task, (key, name) in TASKS.items():
-        for method in ("full", "lora"):
-            seeds = of(groups, "methods", task, method)
-            first, second = seeds["seed0"], of(groups, "again", task, method)["seed0"]
-            spread = statistics.stdev(100 * record[key] for record in seeds.values())
-            scores = [100 * first[key], 100 * second[key]]
-            yield (
-                f"| {task}, `{method}` ({name}) | {first['test_nll']:.4f} | {second['test_nll']:.4f} "
-                f"| {scores[0]:.2f} | {scores[1]:.2f} | {scores[1] - scores[0]:+.2f} | {spread:.2f} |"
-            )
+    yield "| cell | once more | loss: first | again | score: first | again | difference | spread over seeds |"
+    yield "|---|---|--:|--:|--:|--:|--:|--:|"
+    for cell, before in AGAIN.items():
+        experiment, task, variant, seed = before.split("/")
+        seeds, (key, _) = of(groups, experiment, task, variant), TASKS[task]
+        place, _, name, _ = cell.split("/")
+        first, second = seeds[seed], of(groups, place, task, name)[seed]
+        spread = statistics.stdev(100 * record[key] for record in seeds.values())
+        scores = [100 * first[key], 100 * second[key]]
+        yield (
+            f"| {before} | {place} | {first['test_nll']:.4f} | {second['test_nll']:.4f} "
+            f"| {scores[0]:.2f} | {scores[1]:.2f} | {scores[1] - scores[0]:+.2f} | {spread:.2f} |"
+        )
 
 
-def _values(grid: dict[str, Any], method: str) -> list[float]:
-    """The learning rates that were tried; none where the record's grid does not know the method."""
-    return sorted(run_grid.rates_of(grid, method)) if method in grid["methods"] else []
-
-
-def chosen(records: Seeds, values: Sequence[float]) -> tuple[str, str, str]:
-    """The learning rate, its place among those that were tried, and the steps."""
-    if not records:
-        return "not run", "", ""
-    (lr,), (steps,) = ({one[key] for one in records.values() if key in one} for key in ("lr", "steps"))
-    place = {0: "lowest", len(values) - 1: "**highest**"}.get(values.index(lr), f"{values.index(lr) + 1}.")
-    return f"{lr:g}", "middle" if len(values) == 3 and place == "2." else place, str(steps)
-
-
-def rates(groups: run_grid.Groups, grid: dict[str, Any], experiment: str = "methods") -> Iterator[str]:
-    """What was chosen of the values, and for how long each method trained."""
-    count = "three" if experiment == "methods" else "five"
-    head = " | ".join(f"{task}: learning rate | of the {count} | steps" for task in TASKS)
-    yield f"| method | {head} |"
+def rates(groups: run_grid.Groups, grid: dict[str, Any]) -> Iterator[str]:
+    """What was chosen of the five values, and for how long each method trained."""
+    yield f"| method | {' | '.join(f'{task}: learning rate | of the five | steps' for task in TASKS)} |"
     yield "|---|--:|---|--:|--:|---|--:|"
     for method in METHODS:
-        row = [f"`{method}`"]
+        row, values = [f"`{method}`"], sorted(run_grid.rates_of(grid, f"{method}-wide"))
         for task in TASKS:
-            values = _values(grid, method if experiment == "methods" else f"{method}-wide")
-            row += chosen(of(groups, experiment, task, method), values)
+            seeds = of(groups, "wider", task, method).values()
+            (lr,), (steps,) = ({one[key] for one in seeds} for key in ("lr", "steps"))
+            place = {0: "**lowest**", 4: "**highest**"}.get(values.index(lr), f"{values.index(lr) + 1}.")
+            row += [f"{lr:g}", place, str(steps)]
         yield f"| {' | '.join(row)} |"
 
 
@@ -325,10 +297,6 @@ def made(record: dict[str, Any]) -> dict[str, str]:
         "prompting": prompting(groups),
         "latency": latency(record["latency"]),
         "again": again(groups),
-        "wider": methods(groups, "wider"),
-        "wider_verdicts": verdicts(groups, "wider", "ranks-wide"),
-        "wider_rates": rates(groups, grid, "wider"),
-        "ranks_wide": ranks_wide(groups, grid),
         "low_data": low_data(groups),
         "combined": combined(groups),
     }
@@ -350,21 +318,24 @@ def draw(record: dict[str, Any], to: Path) -> None:
     near: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
     for axes, (task, (key, name)) in zip(figure.subplots(1, 2), TASKS.items(), strict=True):
-        points = {method: _point(of(groups, "methods", task, method), key) for method in METHODS}
+        points = {method: _point(of(groups, "wider", task, method), key) for method in METHODS}
         line = {rank: _point(of(groups, "ranks", task, rank), key) for rank in RANKS}
+        own = [_point(of(groups, "ranks-wide", task, f"lora-{rank}"), key) for rank in ("r1", "r8", "r64")]
         floor = points["preembed"][1] - 2.5
         full = points["full"]
         axes.axhline(full[1], color="#9a9a9a", lw=0.9, ls="--")
         axes.axhspan(full[1] - 100 * run_grid.MARGINS[key], full[1], color="#ececec", lw=0)
         axes.errorbar(*zip(*line.values(), strict=True), color="#3b6ea5", marker="o", ms=4, capsize=2, lw=1.4)
+        own = [point for point in own if point[1] > floor]
+        axes.errorbar(*zip(*own, strict=True), color="#3b6ea5", marker="o", ms=4, mfc="white", capsize=2, lw=1, ls=":")
         for rank, (x, y, _) in line.items():
             beside: dict[str, Any] = {"xytext": (5, -4)} if rank == "r64" else {"xytext": (-4, 3), "ha": "right"}
             axes.annotate(rank[1:], (x, y), color="#3b6ea5", **beside, **near)
-        axes.annotate("LoRA on q, v, by r", (4e6, line["r1"][1]), color="#3b6ea5", ha="center", fontsize=8)
+        axes.annotate("LoRA on q, v, by r", (8e6, line["r4"][1]), color="#3b6ea5", ha="center", fontsize=8)
         axes.annotate("margin", (1.1e4, full[1] - 100 * run_grid.MARGINS[key]), (0, 3), color="#9a9a9a", **near)
         for method, (x, y, spread) in points.items():
             if method == "lora":
-                continue  # r = 8 of the line, with three of its five seeds
+                continue  # r = 8 of the dotted line, with three of its five seeds
             colour = "#d1602b" if method == "lora-all" else "#4d4d4d"
             label, (right, up) = method, BESIDE.get(method, (5, 4))
             if y < floor:

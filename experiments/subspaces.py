@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Section 7 of the paper as a record: what `lora-scale analyze` finds of some runs, by layers' medians, with pictures.
 
-    python experiments/subspaces.py runs/r8-seed0 runs/r8-seed1 runs/r64-seed2 --out docs/benchmarks/NAME.json
+    python experiments/subspaces.py runs/r8-seed0 runs/r8-seed1 runs/r64-seed0 --out docs/benchmarks/NAME.json
 
 Beside the record come NAME-phi.svg (Figures 3 and 4: the first run against each other one) and NAME-spectra.svg. A tree
 with uncommitted changes is refused.
@@ -25,7 +25,7 @@ from lora_scale.storage import provenance, runlog
 from lora_scale.storage.durable import write_text_atomically
 
 PROGRAM = "experiments/subspaces.py"
-WHAT = "updates of short runs on a CPU, by `analyze`; medians over layers"
+WHAT = "updates of the grid's kept runs, by `analyze`; medians over layers"
 
 
 def look(runs: Sequence[Path]) -> tuple[Survey, dict[str, Any]]:

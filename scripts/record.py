@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -136,15 +137,17 @@ def tables(arguments: argparse.Namespace) -> None:
         if record.get("kind") == "bench":
             text += _bench(path.name, record)
         elif record.get("kind") == "paper":
-            head = [f"## {record['title']}", "", f"{record['device']}; commit `{record['commit'][:10]}`;"]
-            text += [*head, f"record [{path.name}]({path.name}).", "", run_grid.tables_of(record), ""]
+            commits = Counter(row.get("commit", record["commit"])[:10] for row in record["cells"])
+            cells = " and ".join(f"{count} cells at commit `{commit}`" for commit, count in commits.items())
+            head = [f"## {record['title']}", "", f"{record['device']}; {cells}; record [{path.name}]({path.name})."]
+            text += [*head, "", run_grid.tables_of(record), ""]
         elif record.get("kind") == "memory grid":
             head = ["## Memory, predicted and measured", "", f"Record [{path.name}]({path.name}).", ""]
             text += [*head, memory_grid.table(record), ""]
         elif record.get("kind") == "analyze":
             text += _analyze_table(path.name, record)
         elif record.get("kind") == "subspaces":
-            text += [*_head("Updates of three short runs", path.name, record), *subspaces.table(record), ""]
+            text += [*_head("Updates of four runs of the grid", path.name, record), *subspaces.table(record), ""]
         elif record.get("kind") == "fp32 losses":
             text += [*_head("Losses in bf16 beside fp32", path.name, record), fp32_losses.table(record["runs"]), ""]
         elif record.get("kind") == "launchers":
