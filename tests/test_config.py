@@ -30,8 +30,8 @@ LORA_KEYS = (
     "modules_to_save, trainable_token_indices, pissa"
 )
 TOP = (
-    "keys at the top: run_dir, method, precision, recompute, activation_offloading, kernels, resume, init_adapter, allow_other_base, seed, "
-    "max_hours"
+    "keys at the top: run_dir, method, precision, recompute, activation_offloading, kernels, resume, init_adapter, "
+    "allow_other_base, seed, max_hours"
 )
 ALL = f"{TOP}; sections: model, data, lora, baseline, train, eval, early_stop, save, parallel, memory, engine, track"
 SOURCES = "a path or a list of mappings of path, weight, max_rows, split, subset, fields"

@@ -7,8 +7,8 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,22 @@ import click
 import torch
 
 from lora_scale.commands.training import resuming
-from lora_scale.commands.training.books import Books
-from lora_scale.parallel import checkpoint, documents, fits, guards, local, memory, metrics, mpi, setup, world
+from lora_scale.commands.training.books import Books, open_log
+from lora_scale.parallel import beside, checkpoint, fits, guards, local, memory, metrics, mpi, setup, world
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
+from lora_scale.parallel.beside import Factors, Turn, take_turns
 from lora_scale.parallel.pace import Pace
 from lora_scale.parallel.pulse import Pulse
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.waiting import first_rank_works
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
-from lora_scale.spec import configfile, planning, search
+from lora_scale.spec import configfile, planning, search, together
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.errors import ConfigError, InterruptedRunError, LoraScaleError, UsageError
 from lora_scale.spec.progress import Deadline, Validation, deadline
 from lora_scale.spec.schedule import learning_rate
-from lora_scale.storage import checkpoints, console, durable, hub, provenance, runlog
+from lora_scale.storage import checkpoints, console, durable, hub, runlog
 from lora_scale.storage.console import Console, LastWords, StopRequest, size
 from lora_scale.storage.folder import ModelFolder
 from lora_scale.storage.lease import Lease
@@ -44,6 +45,18 @@ class Asked:
 
     started: float  # when; seconds since 1970
     ignore_plan: bool
+    beside: tuple[tuple[RunConfig, Path], ...] = ()  # runs on the same base
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run that is about to take its next step."""
+
+    job: Job
+    log: RunLog | None  # of the first rank
+    own: runlog.RankMemory
+    behind: tuple[int, int, Validation]  # steps that are done, their tokens, their validation losses
+    label: str = ""  # of its lines on the screen
 
 
 @click.command()
@@ -52,11 +65,25 @@ class Asked:
 @click.option(
     "--ranks", type=click.IntRange(min=1), help="Local ranks to start. Default: one a visible GPU, or one process."
 )
+@click.option(
+    "--beside",
+    multiple=True,
+    metavar="CONFIG",
+    type=click.Path(path_type=Path),
+    help="Another run, whose adapter trains on the same base in memory, step by step in turns; may be given several "
+    "times. KEY=VALUE are not for it.",
+)
 @click.option("--ignore-plan", is_flag=True, help="Start even where the plan says that it will not fit.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only; everything is in the log all the same.")
 @click.option("-v", "--verbose", count=True, help="A line for every step; -vv: what libraries say, too.")
 def command(
-    config: Path, overrides: tuple[str, ...], ranks: int | None, ignore_plan: bool, quiet: bool, verbose: int
+    config: Path,
+    overrides: tuple[str, ...],
+    ranks: int | None,
+    beside: tuple[Path, ...],
+    ignore_plan: bool,
+    quiet: bool,
+    verbose: int,
 ) -> None:
     """Train as CONFIG says: an adapter on a frozen, sharded base, or every weight (method=full).
 
@@ -80,19 +107,22 @@ def command(
         if here and ranks:
             raise UsageError(f"--ranks is {ranks}, but {here.launcher} started {here.size} already; leave --ranks out")
         cfg = configfile.load(config, overrides)
-        log = _log_path(cfg, here.rank if here else 0)
+        others = tuple((configfile.load(path, ()), path) for path in beside)
+        together.check_all([cfg, *(other for other, _ in others)])
+        log, *_ = [_log_path(one, here.rank if here else 0) for one in (cfg, *(other for other, _ in others))]
     except LoraScaleError as error:
         if here and here.local_rank:  # every rank reads the same file: one a host says what is wrong with it
             sys.exit(error.exit_code)
         raise
     if here is None and (count := ranks or local.default_ranks()) > 1:
-        words = [*(["--ignore-plan"] if ignore_plan else []), *(["-q"] if quiet else ["-v"] * verbosity)]
+        words = [word for path in beside for word in ("--beside", str(path))]
+        words += [*(["--ignore-plan"] if ignore_plan else []), *(["-q"] if quiet else ["-v"] * verbosity)]
         arguments = ["train", str(config), *overrides, *words]
         if not quiet:
             click.echo(f"{count} local ranks: {local.shown(count, arguments)}")
         sys.exit(local.run(count, arguments, cfg.run_dir))
     screen = Console(here.rank if here else 0, verbosity)
-    sys.exit(_guarded(cfg, config, here, log, screen, Asked(started, ignore_plan)))
+    sys.exit(_guarded(cfg, config, here, log, screen, Asked(started, ignore_plan, others)))
 
 
 def _log_path(cfg: RunConfig, rank: int) -> Path:
@@ -165,23 +195,33 @@ def run(
     token: str,
     asked: Asked,
 ) -> Job | None:
-    """One rank's whole run; what it trained, still in memory, or None where it was finished already."""
+    """One rank's whole run, and those beside it; the first that had steps to take, still in memory, or None."""
+    turns: list[tuple[Job, Turn]] = []
     with contextlib.ExitStack() as stack:  # what stays with the first rank: the lease, the log, the trackers
-        first_rank_works(lambda: _enter(cfg.run_dir, token, screen, stack))
-        return _run(cfg, config, here, screen, stop, pulse, asked, stack)
+        runs = ((cfg, config), *asked.beside)
+        for each, _ in runs:
+            first_rank_works(partial(_enter, each.run_dir, token, screen, stack))
+        for each, path in runs:
+            begun = _begin(each, path, here, screen, asked, stack, turns[0][0] if turns else None)
+            if begun is not None:
+                steps = _steps(begun, screen, stop, pulse, asked.started)
+                turns.append((begun.job, Turn(Factors.of(begun.job.engine.module), steps)))
+        if turns:
+            take_turns(turns[0][0].engine.module, [turn for _, turn in turns])
+    return turns[0][0] if turns else None
 
 
-def _run(
+def _begin(
     cfg: RunConfig,
     config: Path,
     here: World,
     screen: Console,
-    stop: StopRequest,
-    pulse: Pulse,
     asked: Asked,
     stack: contextlib.ExitStack,
-) -> Job | None:
-    grid = grids.make(cfg.parallel, here)
+    base: Job | None,
+) -> Begun | None:
+    """Set up, on the base of another run where there is one; None where the run was finished already."""
+    grid = base.engine.grid if base else grids.make(cfg.parallel, here)
     folder, identity = setup.open_base(cfg, screen)
     cfg = planning.with_attention(cfg, str(folder.config.get("model_type")), here.device.type == "cuda")
     resume, notes = on_rank_zero(lambda: resuming.find_checkpoint(cfg))
@@ -202,8 +242,14 @@ def _run(
     model, dropout, more = on_every_rank(lambda: setup.build_model(cfg, folder, start, resume))
     on_rank_zero(lambda: _check_space(cfg, setup.count(model)))
     limit = fits.device_gib(here.device)
-    cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, asked.ignore_plan))
-    job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen, start)
+    if base is None:
+        cfg, planned = on_every_rank(lambda: _plan(cfg, folder, data, grid, screen, limit, asked.ignore_plan))
+        job = setup.start_engine(cfg, model, dropout, folder, identity, data, grid, screen, start)
+    else:
+        same = {key: getattr(base.cfg, key) for key in search.AUTO}
+        cfg, planned = cfg.model_copy(update=same), {"unknown": f"the base is counted in {base.cfg.run_dir}"}
+        job = beside.start_engine(cfg, base, model, data, start)
+        screen.line(f"beside   {base.cfg.run_dir}: {cfg.run_dir} trains {job.parameters.trainable:,} parameters")
     for note in (*notes, *data.notes, *more):
         screen.line(f"note     {note}")
     if resume and saved:
@@ -213,27 +259,19 @@ def _run(
     own = stack.enter_context(runlog.RankMemory(cfg.run_dir, here.rank, step or None))
     own.write({"step": step, "phase": "load", **loading})
     kept: list[RunLog] = []
-    on_rank_zero(lambda: kept.append(stack.enter_context(_open_log(job, config, step, planned, loading))))
-    _loop(job, kept[0] if kept else None, own, screen, stop, pulse, (step, tokens_seen, seen), asked.started)
-    return job
+    on_rank_zero(lambda: kept.append(stack.enter_context(open_log(job, config, step, planned, loading))))
+    label = f"{cfg.run_dir.name}: " if asked.beside else ""
+    return Begun(job, kept[0] if kept else None, own, (step, tokens_seen, seen), label)
 
 
-def _loop(
-    job: Job,
-    log: RunLog | None,
-    own: runlog.RankMemory,
-    screen: Console,
-    stop: StopRequest,
-    pulse: Pulse,
-    behind: tuple[int, int, Validation],
-    job_started: float,
-) -> None:
-    """The steps from those that are `behind` (their number, their tokens, their validation losses) to the last."""
+def _steps(begun: Begun, screen: Console, stop: StopRequest, pulse: Pulse, job_started: float) -> Iterator[None]:
+    """The steps from those that are behind to the last, one each time that it is asked."""
+    job, log, own = begun.job, begun.log, begun.own
     cfg, engine, data, total = job.cfg, job.engine, job.data, job.data.plan.total_steps
-    first, tokens_seen, seen = behind
+    first, tokens_seen, seen = begun.behind
     learning, pace = guards.LearningGuard(engine), Pace(job.world.device)
     end_of_job, step_seconds, save_seconds = deadline(job_started, cfg.max_hours, os.environ), 0.0, 0.0
-    with Books(job, log, screen, first) as books:
+    with Books(job, log, screen, first, begun.label) as books:
         if data.validation and first == 0:
             val_loss = engine.evaluate(data.validation)
             screen.line(f"before   val_loss {val_loss:.4f}")
@@ -287,6 +325,9 @@ def _loop(
                 away += _freeze()
             if ends:
                 break
+            paused = time.perf_counter()
+            yield
+            away += time.perf_counter() - paused  # the turns of others
     if saves:  # before any last words
         on_rank_zero(lambda: screen.line(f"saved    {path} ({size(checkpoints.nbytes(path))})"))
     if done < total and (result.stop or not _is_over(cfg, seen)):
@@ -380,34 +421,3 @@ def _save(job: Job, step: int, tokens_seen: int, best: bool) -> tuple[Path, floa
         on_rank_zero(lambda: checkpoints.mark_best(folder, step))
     on_rank_zero(lambda: checkpoints.prune(folder, job.cfg.save.keep) and None)
     return path, time.perf_counter() - start
-
-
-def _open_log(job: Job, config: Path, step: int, planned: dict[str, Any], loading: dict[str, Any]) -> RunLog:
-    """The run directory's records, with the manifest written; for the first rank."""
-    runlog.unmark_finished(job.cfg.run_dir)
-    log = RunLog(
-        job.cfg.run_dir,
-        config_text=config.read_text(encoding="utf-8"),
-        resolved=job.cfg.model_dump(mode="json"),
-        resumed_step=step or None,
-    )
-    log.write_deepspeed(job.engine.config)
-    log.write_manifest(
-        {
-            "command": provenance.command(),
-            "commit": provenance.commit(),
-            "versions": provenance.versions(),
-            "hardware": world.hardware(job.world),
-            "attention": documents.kernel(job.cfg, job.world.device),
-            "ranks": job.world.size,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "resumed_step": step,
-            "base_fingerprint": job.base_fingerprint,
-            "config_sha256": configfile.config_sha256(job.cfg),
-            "parameters": asdict(job.parameters),
-            "load": {"bytes": job.loaded.nbytes, "seconds": round(job.loaded.seconds, 3), "memory": loading},
-            "data": job.data.blocks.stats(),
-            "plan": planned,
-        }
-    )
-    return log

@@ -3,12 +3,17 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lora_scale.parallel import metrics
+from lora_scale.parallel import documents, metrics, world
 from lora_scale.parallel.setup import Job
+from lora_scale.spec import configfile
+from lora_scale.storage import provenance, runlog
 from lora_scale.storage.console import Console, bar
 from lora_scale.storage.runlog import RunLog
 from lora_scale.storage.trackers import Trackers
@@ -23,7 +28,8 @@ class Books:
     So a step is told of when the device is at work again (`settle`), one that is saved at once.
     """
 
-    def __init__(self, job: Job, log: RunLog | None, screen: Console, first: int):
+    def __init__(self, job: Job, log: RunLog | None, screen: Console, first: int, label: str = ""):
+        self._label = label  # before its lines on the screen
         self._log, self._screen, self._first, self._total = log, screen, first, job.data.plan.total_steps
         self._trackers = Trackers(job.cfg, first, screen.line) if log else None
         self._started = time.perf_counter()
@@ -64,7 +70,7 @@ class Books:
         """Where the run stands, how well, how fast, and when it ends."""
         done = row["step"]
         left = self.seconds / (done - self._first) * (self._total - done)
-        text = f"step {done}/{self._total} {bar(done, self._total, 16)} loss {row['loss']:.4f}"
+        text = f"{self._label}step {done}/{self._total} {bar(done, self._total, 16)} loss {row['loss']:.4f}"
         if self._val_loss is not None:
             text += f" val {self._val_loss:.4f}"
         text += f" lr {row['lr']:.1e} norm {row['grad_norm']:.2f} {row['tokens_per_second']:,.0f} tokens/s"
@@ -80,3 +86,34 @@ class Books:
             self.settle()
         if self._trackers:
             self._trackers.close()
+
+
+def open_log(job: Job, config: Path, step: int, planned: dict[str, Any], loading: dict[str, Any]) -> RunLog:
+    """The run directory's records, with the manifest written; for the first rank."""
+    runlog.unmark_finished(job.cfg.run_dir)
+    log = RunLog(
+        job.cfg.run_dir,
+        config_text=config.read_text(encoding="utf-8"),
+        resolved=job.cfg.model_dump(mode="json"),
+        resumed_step=step or None,
+    )
+    log.write_deepspeed(job.engine.config)
+    log.write_manifest(
+        {
+            "command": provenance.command(),
+            "commit": provenance.commit(),
+            "versions": provenance.versions(),
+            "hardware": world.hardware(job.world),
+            "attention": documents.kernel(job.cfg, job.world.device),
+            "ranks": job.world.size,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "resumed_step": step,
+            "base_fingerprint": job.base_fingerprint,
+            "config_sha256": configfile.config_sha256(job.cfg),
+            "parameters": asdict(job.parameters),
+            "load": {"bytes": job.loaded.nbytes, "seconds": round(job.loaded.seconds, 3), "memory": loading},
+            "data": job.data.blocks.stats(),
+            "plan": planned,
+        }
+    )
+    return log
