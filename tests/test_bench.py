@@ -59,10 +59,17 @@ def test_ours_a_peer_and_a_failing_case_end_to_end(
     assert losses(record, "tiny-zero3") == pytest.approx(losses(record, "tiny-peft"), abs=2e-3)
     assert max(losses(record, "tiny-peft")) - min(losses(record, "tiny-peft")) > 0.02
     assert failed["failed"] == "exit code 2" and "lora.r is 0" in failed["said"][-1]
-    for step in read_metrics(place / "work/runs/tiny-zero3"):
+    steps = read_metrics(place / "work/runs/tiny-zero3")
+    for step in steps:
         phases = step["phase_seconds"]
-        assert list(phases) == ["data", "forward", "backward", "step", "collectives"] and min(phases.values()) > 0
-        assert 0.5 < sum(phases.values()) / step["seconds"] <= 1.001, "phases are disjoint"
+        assert (
+            list(phases) == ["data", "forward", "backward", "step", "collectives", "between"]
+            and min(phases.values()) > 0
+        )
+        inside = sum(phases.values()) - phases["between"]  # which begins a moment before the step's seconds do
+        assert 0.5 < inside / step["seconds"] <= 1.001, "phases are disjoint"
+    inside, seconds = sum(sum(x["phase_seconds"].values()) for x in steps[1:]), sum(x["seconds"] for x in steps[1:])
+    assert 0.8 < inside / seconds < 1.2, "and all there is"
     assert ours["phase_seconds"]["collectives"] > 0
     shown = capsys.readouterr()
     assert "| broken | lora_scale | tiny | 1 | exit code 2 |" in shown.out and "3/3 broken: exit code 2" in shown.err

@@ -29,8 +29,21 @@ def test_waits_are_taken_out_of_their_phase() -> None:
             pass
     with found.phase("step"):
         pass
-    assert found.take()() == {"forward": 4.0, "step": 1.0, "collectives": 2.0}
-    assert found.take()() == {"collectives": 0.0}, "each take begins anew"
+    assert found.take()() == {"forward": 4.0, "step": 1.0, "collectives": 2.0, "between": 2.0}
+    assert found.take()() == {"collectives": 0.0, "between": 0.0}, "each take begins anew"
+
+
+@pytest.mark.usefixtures("ticking")
+def test_what_is_between_steps_counts_but_for_rests() -> None:
+    found, seen = PhaseClock(CPU), []
+    for rests in (False, False, True):
+        if rests:
+            found.rest()
+        clock.time.perf_counter()
+        with found.phase("step"):
+            pass
+        seen.append(found.take()()["between"])
+    assert seen == [0.0, 2.0, 0.0]
 
 
 @pytest.mark.usefixtures("ticking")
@@ -40,14 +53,14 @@ def test_outside_of_phases_nothing_is_kept() -> None:
         raise KeyError
     with exposed(CPU):
         pass
-    assert found.take()() == {"collectives": 0.0}
+    assert found.take()() == {"collectives": 0.0, "between": 0.0}
 
 
 @pytest.mark.usefixtures("ticking")
 def test_items_are_timed_while_they_come() -> None:
     found = PhaseClock(CPU)
     assert list(found.timed("data", "abc")) == ["a", "b", "c"]
-    assert found.take()() == {"data": 3.0, "collectives": 0.0}
+    assert found.take()() == {"data": 3.0, "collectives": 0.0, "between": 0.0}
 
 
 def test_a_wait_costs_microseconds() -> None:

@@ -38,6 +38,8 @@ from lora_scale.storage.folder import ModelFolder
 from lora_scale.storage.lease import Lease
 from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
 
+LEAST_AWAY = 1e-3  # seconds that are worth telling apart from a step
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -287,6 +289,8 @@ def _steps(begun: Begun, screen: Console, stop: StopRequest, pulse: Pulse, job_s
             begin_time = time.time()
             must_end = partial(_must_end, stop, end_of_job, step_seconds, save_seconds)
             snapshot.before(done)
+            if away > LEAST_AWAY:
+                engine.clock.rest()
             with pulse.step(done):
                 finish = engine.start_step(step, number, lr, must_end, books.settle)
                 phases = engine.clock.memory.take()

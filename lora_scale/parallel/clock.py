@@ -15,7 +15,7 @@ import torch
 
 from lora_scale.parallel.memory import PhaseMemory
 
-COLLECTIVES = "collectives"
+COLLECTIVES, BETWEEN = "collectives", "between"
 T = TypeVar("T")
 Moment = float | torch.cuda.Event  # seconds, or an event on the current stream
 
@@ -54,6 +54,8 @@ class PhaseClock:
         self._device = device
         self.memory = PhaseMemory(device)
         self._spans: list[Span] = []
+        self._beside: list[tuple[str, float]] = []
+        self._before: Moment | None = None  # when the last phase of the step before ended
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -68,7 +70,7 @@ class PhaseClock:
         self._spans.append(span)
 
     def timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """The items, and as a phase the processor's seconds that each takes to come."""
+        """The items, and beside the phases the processor's seconds that each takes to come."""
         iterator = iter(items)
         while True:
             start = time.perf_counter()
@@ -76,25 +78,39 @@ class PhaseClock:
                 item = next(iterator)
             except StopIteration:
                 return
-            self._spans.append(Span(name, start, time.perf_counter()))
+            self._beside.append((name, time.perf_counter() - start))
             yield item
 
+    def rest(self) -> None:
+        """What comes until the next phase is no part of a step: an evaluation, a save."""
+        self._before = None
+
     def take(self) -> Callable[[], dict[str, float]]:
-        """What gives the sum of each phase since the last call, and of `collectives`, which are in no phase but their
-        own; to be called when the device is synchronised, but not while it waits: events are thousands a step."""
-        spans, self._spans = self._spans, []
-        return partial(_sums, spans)
+        """What gives the sum of each phase since the last call, of `collectives`, which are in no phase but their own,
+        and of the time `between` phases, from the end of the last step on; to be called when the device is
+        synchronised, but not while it waits: events are thousands a step."""
+        spans, beside, before = self._spans, self._beside, self._before
+        self._spans, self._beside = [], []
+        self._before = spans[-1].end if spans else None
+        return partial(_sums, spans, beside, before)
 
 
-def _sums(spans: list[Span]) -> dict[str, float]:
+def _sums(spans: list[Span], beside: list[tuple[str, float]], before: Moment | None) -> dict[str, float]:
     sums: dict[str, float] = {}
-    waited = 0.0
+    for name, seconds in beside:
+        sums[name] = sums.get(name, 0.0) + seconds
+    waited, between, began = 0.0, 0.0, before
     for span in spans:
+        if before is not None:
+            between += _between(before, span.start)
+        before = span.end
         waits = sum(_between(start, end) for start, end in span.waits)
         assert span.end is not None
         sums[span.name] = sums.get(span.name, 0.0) + _between(span.start, span.end) - waits
         waited += waits
-    return {**sums, COLLECTIVES: waited}
+    if began is not None:  # what is beside the phases came in the pause before the first
+        between = max(0.0, between - sum(seconds for _, seconds in beside))
+    return {**sums, COLLECTIVES: waited, BETWEEN: between}
 
 
 def _now(device: torch.device) -> Moment:
