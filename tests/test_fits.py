@@ -55,6 +55,19 @@ def test_full_blocks_of_one_document_have_no_mask(tmp_path: Path) -> None:
     assert job is not None and not job.work.masked and job.work.target_share == 1.0
 
 
+def test_a_host_without_the_memory_for_activations_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fits.verify, "bytes_free", lambda: 8 * 200 * 2**20)
+    cfg, data, folder = data_of(tmp_path, activation_offloading="all")
+    job = fits.job_of(cfg, folder, data, ALONE)
+    assert job is not None
+    row = planning.plan(job)
+    assert fits.host_warnings(cfg, row, ranks=8) == []
+    (said,) = fits.host_warnings(cfg, row, ranks=16)
+    assert said.startswith("activation_offloading is all: 16 ranks of this host pin 3.0 GiB of its memory, 1.6 GiB are")
+    without = cfg.model_copy(update={"activation_offloading": "none"})
+    assert fits.host_warnings(without, row, ranks=16) == []
+
+
 def test_a_run_that_cannot_fit_ends_with_a_way_out(tmp_path: Path) -> None:
     cfg, data, folder = data_of(tmp_path, train__micro_batch_size=6)
     job = fits.job_of(cfg, folder, data, ALONE)

@@ -410,7 +410,8 @@ def _plan(
     row = planning.plan(job)
     chosen = "".join(f"; {key}={getattr(job.cfg, key)}" for key in search.AUTO if getattr(cfg, key) == "auto")
     screen.line(f"plan     {fits.check(job, row, limit_gib, ignore)}{chosen}")
-    for text in row["warnings"]:
+    here = min(grid.world.size, torch.cuda.device_count())
+    for text in (*row["warnings"], *fits.host_warnings(job.cfg, row, here)):
         screen.line(f"warning  {text}")
     return job.cfg, row
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lora_scale.parallel import verify
 from lora_scale.parallel.data import Data
 from lora_scale.parallel.engine import positions_with_target
 from lora_scale.parallel.grid import Grid
@@ -63,6 +64,18 @@ def device_gib(device: torch.device) -> float | None:
     least = torch.tensor(free + torch.cuda.memory_reserved(device), device=device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return round(int(least) / GIB, 1)
+
+
+def host_warnings(cfg: RunConfig, row: dict[str, Any], ranks: int) -> list[str]:
+    """What is to be pinned for activations on this host, whose kernel would end the run without a word, beside what is
+    free there now. `ranks`: on this host. Some hosts grow as they are used, so it is no error."""
+    wants, free = ranks * row["this_run"]["pinned"], verify.bytes_free()
+    if cfg.activation_offloading == "none" or wants <= free:
+        return []
+    return [
+        f"activation_offloading is {cfg.activation_offloading}: {ranks} ranks of this host pin {binary(wants)} of its "
+        f"memory, {binary(free)} are free; fewer layers take less, and so does recompute"
+    ]
 
 
 def check(job: Job, row: dict[str, Any], limit_gib: float | None, ignore: bool) -> str:
