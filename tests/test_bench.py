@@ -281,3 +281,15 @@ def test_tables_need_no_torch() -> None:
     command = [sys.executable, "-c", code, "bench", "table", str(RECORD)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=materials.ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_step_costs_that_is_told_of(tmp_path: Path) -> None:
+    """The script runs; what it finds on a GPU is a record."""
+    model = materials.checkpoint("tiny", None, tmp_path / "models")
+    words = [str(model), "--work", str(tmp_path / "work"), "--seq-len", "64", "--rounds", "2", "--steps", "2"]
+    command = [sys.executable, str(materials.ROOT / "scripts/bench_overhead.py"), *words, "recompute=none"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = json.loads(said.splitlines()[-1])
+    assert found["overhead"] == found["medians"]["with"] / found["medians"]["without"] - 1
+    rows = [row for row in read_metrics(tmp_path / "work/runs/overhead") if "loss" in row]
+    assert len(rows) == 3 + 2 * 3, "steps with, and none without, are in the metrics"
