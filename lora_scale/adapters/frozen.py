@@ -5,7 +5,6 @@ ZeRO-3 the pinned weight is the gathered copy, so every layer's full weight woul
 Parameter is looked up again in backward, when ZeRO-3's hooks have gathered it anew.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.adapters import marks
-from lora_scale.adapters.turns import in_turns
-
-
-def product(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, matrix, out=out)
-    else:
-        torch.addmm(bias, x, matrix, out=out)
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -32,11 +23,13 @@ class FrozenMatmul(torch.autograd.Function):
         ctx.sum = marks.sum_of(x)
         flat, matrix = x.reshape(-1, x.shape[-1]), weight if transposed else weight.t()
         y = flat.new_empty(len(flat), matrix.shape[1])
-        pieces = [
-            (wait, partial(product, flat[first : first + rows], matrix, bias, y[first : first + rows]))
-            for first, rows, wait in marks.arriving(x) or [(0, len(flat), lambda: None)]
-        ]
-        in_turns(pieces, x.device)
+        for first, rows, wait in marks.arriving(x) or [(0, len(flat), lambda: None)]:
+            wait()
+            here = slice(first, first + rows)
+            if bias is None:
+                torch.mm(flat[here], matrix, out=y[here])
+            else:
+                torch.addmm(bias, flat[here], matrix, out=y[here])
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to
 
     @staticmethod

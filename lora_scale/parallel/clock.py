@@ -36,9 +36,8 @@ _open: list[Span] = []  # the phase this process is in, if any: outside of steps
 @contextmanager
 def exposed(device: torch.device) -> Iterator[None]:
     """What is issued here keeps the stream from computing until other ranks have done their part: a collective, or the
-    wait for one that was issued ahead. On a GPU two events, some microseconds; nothing waits that did not before. Only
-    on the stream of the phases: on others something may be computed meanwhile."""
-    if not _open or (device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device)):
+    wait for one that was issued ahead. On a GPU two events, some microseconds; nothing waits that did not before."""
+    if not _open:
         yield
         return
     start = _now(device)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_scale.adapters import marks
-from lora_scale.adapters.frozen import FrozenLinear, product
+from lora_scale.adapters.frozen import FrozenLinear
 from lora_scale.adapters.lora import LoRALinear
-from lora_scale.adapters.turns import in_turns
 from lora_scale.parallel import collectives
 from lora_scale.parallel.exchange import Exchange, Summing
 
@@ -55,10 +54,6 @@ def _gather_for_readers(exchange: Exchange, x: Tensor, group: Any) -> Tensor:
     return marks.lent(y)
 
 
-def _at_once() -> None:
-    pass
-
-
 class _Sent(marks.Sum):
     """A gradient that its last reader sends off rank by rank, summed over the ranks and cut to this rank's tokens."""
 
@@ -73,18 +68,14 @@ class _Sent(marks.Sum):
         is_first, tokens = self._summing is None, len(dy) // self.exchange.size
         if self._summing is None:
             self._summing = self.exchange.summing(tokens, weight.shape[1], dy)
-        summing = self._summing
-
-        def add(index: int, rank: int, room: Tensor) -> None:
+        for index, (rank, room) in enumerate(self._summing.rooms):
             piece = dy[rank * tokens : (rank + 1) * tokens]
             if is_first:
                 torch.mm(piece, weight, out=room)
             else:
                 room.addmm_(piece, weight)
             if is_last:
-                summing.send(index)
-
-        in_turns([(_at_once, partial(add, index, *room)) for index, room in enumerate(summing.rooms)], dy.device)
+                self._summing.send(index)
         self._sent = is_last
 
     def own(self) -> Tensor | None:
@@ -128,12 +119,13 @@ class _ProductScattered(torch.autograd.Function):
         ctx.weight, ctx.exchange = weight, exchange  # the Parameter itself, not its gathered tensor
         tokens, matrix = x.shape[1] // exchange.size, weight.t()
         summing = exchange.summing(tokens, weight.shape[0], x)
-
-        def compute(index: int, rank: int, room: Tensor) -> None:
-            product(x[0, rank * tokens : (rank + 1) * tokens], matrix, bias, room)
+        for index, (rank, room) in enumerate(summing.rooms):
+            piece = x[0, rank * tokens : (rank + 1) * tokens]
+            if bias is None:
+                torch.mm(piece, matrix, out=room)
+            else:
+                torch.addmm(bias, piece, matrix, out=room)
             summing.send(index)
-
-        in_turns([(_at_once, partial(compute, index, *room)) for index, room in enumerate(summing.rooms)], x.device)
         return torch.ops.aten._unsafe_view(summing.result(), (1, tokens, weight.shape[0]))
 
     @staticmethod
@@ -141,11 +133,9 @@ class _ProductScattered(torch.autograd.Function):
         whole, arrivals = ctx.exchange.gather(grads[0][0].contiguous())
         weight = ctx.weight.data
         dx = whole.new_empty(len(whole), weight.shape[1])
-        pieces = [
-            (wait, partial(product, whole[first : first + rows], weight, None, dx[first : first + rows]))
-            for first, rows, wait in arrivals
-        ]
-        in_turns(pieces, dx.device)
+        for first, rows, wait in arrivals:
+            wait()
+            torch.mm(whole[first : first + rows], weight, out=dx[first : first + rows])
         return dx.view(1, *dx.shape), None, None, None
 
 
