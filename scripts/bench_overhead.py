@@ -29,18 +29,22 @@ from lora_scale.commands.training.books import Books, open_log
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
 from lora_scale.parallel import guards, memory, metrics, setup, world
+from lora_scale.parallel.clock import Moment
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec import configfile, planning
 from lora_scale.storage import provenance, runlog
 from lora_scale.storage.console import Console
-from lora_scale.storage.steps import Step
+from lora_scale.storage.steps import Step, with_next
 
 WARM_UP = 3
 
 
 class NoClock:
     """In place of an engine's clock: no phase is one."""
+
+    def __init__(self, now: Callable[[], Moment]):
+        self.now = now  # when a step is over must be known all the same
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -73,30 +77,37 @@ def measured(args: argparse.Namespace, here: World) -> dict[str, list[float]]:
     """Seconds of the counted steps, with and without."""
     job, file = job_of(args, here)
     engine, clock, found = job.engine, job.engine.clock, {"with": [], "without": []}
-    steps = enumerate(engine.clock.timed("data", job.data.plan.steps(0)))
+    steps = enumerate(engine.clock.timed("data", with_next(job.data.plan.steps(0))))
     with ExitStack() as stack:
         kept: list[Any] = []
         on_rank_zero(lambda: kept.append(stack.enter_context(open_log(job, file, 0, {}, {}))))
         own = stack.enter_context(runlog.RankMemory(job.cfg.run_dir, here.rank, None))
         books = stack.enter_context(Books(job, kept[0] if kept else None, Console(1), 0))
 
-        def told(number: int, step: Step, began: float) -> None:
+        def told(number: int, pair: tuple[Step, Step | None], began: float) -> None:
+            step, after = pair
             finish = engine.start_step(step, number, 1e-4, bool, books.settle)
             held = memory.measure(here.device, engine.tracked, clock.memory.take())
             own.write({"step": number + 1, **held})
+            if after:
+                engine.begin(after, number + 1)
             result = finish()
             guards.check_finite(number + 1, result, step.names)
             seconds = time.perf_counter() - began
             books.step(partial(metrics.row, number + 1, result, 1e-4, step, seconds, job, held))
 
-        def untold(number: int, step: Step, began: float) -> None:
-            engine.start_step(step, number, 1e-4)()
+        def untold(number: int, pair: tuple[Step, Step | None], began: float) -> None:
+            step, after = pair
+            finish = engine.start_step(step, number, 1e-4)
+            if after:
+                engine.begin(after, number + 1)
+            finish()
 
         for _ in range(WARM_UP):
             told(*next(steps), time.perf_counter())
         for _ in range(args.rounds):
             for way, do in (("with", told), ("without", untold)):
-                engine.clock = clock if way == "with" else NoClock()  # type: ignore[assignment]
+                engine.clock = clock if way == "with" else NoClock(clock.now)  # type: ignore[assignment]
                 times = []
                 for _ in range(args.steps + 1):
                     began = time.perf_counter()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_scale.parallel import flat, gathering, grid, load, memory, recompute, setup, transport, zero3
-from lora_scale.parallel.engine import Engine, ds_config
+from lora_scale.parallel.deepspeed_config import ds_config
+from lora_scale.parallel.engine import Engine
 from lora_scale.parallel.world import World
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.states import keeps_base_flat

@@ -127,7 +127,8 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.M
 def test_the_environment_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVLink multicast stays off by such a variable."""
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
-    code = "import os; print(os.environ['NCCL_NVLS_ENABLE'], os.environ['RANK'], os.environ['WORLD_SIZE'], flush=True)"
+    names = "NCCL_NVLS_ENABLE", "RANK", "WORLD_SIZE"
+    code = f"import os; os.write(1, (' '.join(os.environ[name] for name in {names}) + '\\n').encode())"  # in one piece
     assert processes.run([sys.executable, "-c", code], 2, tmp_path / "log.txt", 60.0, tmp_path) == 0
     assert sorted((tmp_path / "log.txt").read_text().splitlines()) == ["0 0 2", "0 1 2"]
 

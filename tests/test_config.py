@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from lora_scale.cli import main
-from lora_scale.parallel import engine
+from lora_scale.parallel import deepspeed_config
 from lora_scale.spec import configdoc
 from lora_scale.spec.configfile import config_sha256, differences, load, resolved_json, schema
 from lora_scale.spec.elsewhere import TABLE
@@ -403,17 +403,17 @@ def test_other_keys_of_deepspeed_pass_through(config: Path, tmp_path: Path) -> N
     file.write_text(json.dumps(more))
     for value in (json.dumps(more), str(file)):
         changes = [f"engine.deepspeed={value}", "parallel.base_engine=deepspeed"]
-        made = engine.ds_config(load(config, changes), 1, 10, 10, ["Layer"])
+        made = deepspeed_config.ds_config(load(config, changes), 1, 10, 10, ["Layer"])
         assert made["comms_logger"] == {"enabled": True} and made["zero_optimization"]["reduce_bucket_size"] == 7
         assert made["zero_optimization"]["stage"] == 3 and made["communication_data_type"] == "fp32"
-    beside = engine.ds_config(load(config, []), 1, 10, 10, ["Layer"])  # a flat base, a small adapter
+    beside = deepspeed_config.ds_config(load(config, []), 1, 10, 10, ["Layer"])  # a flat base, a small adapter
     assert beside["zero_optimization"]["stage"] == 0
     file.write_text('{"train_batch_size": 8}')
     with pytest.raises(ConfigError, match=r"ds.json: engine.deepspeed.train_batch_size is for train.global_batch_size"):
-        engine.passed_through(load(config, [f"engine.deepspeed={file}"]))
+        deepspeed_config.passed_through(load(config, [f"engine.deepspeed={file}"]))
     file.write_text("{")
     with pytest.raises(ConfigError, match="which is not JSON"):
-        engine.passed_through(load(config, [f"engine.deepspeed={file}"]))
+        deepspeed_config.passed_through(load(config, [f"engine.deepspeed={file}"]))
 
 
 def test_the_example_in_the_docs_loads(config: Path) -> None:

@@ -202,9 +202,9 @@ def test_beyond_the_watched_elements_the_gradient_is_judged(monkeypatch: pytest.
 def test_what_is_not_finite_is_named(figures: tuple[float, float], message: str) -> None:
     loss, norm = figures
     with pytest.raises(TrainingError) as error:
-        guards.check_finite(7, StepResult(loss, norm, dict, own_loss=loss), "a.jsonl, line 4")
+        guards.check_finite(7, StepResult(loss, norm, dict, 0.0, own_loss=loss), "a.jsonl, line 4")
     assert str(error.value) == message
-    guards.check_finite(7, StepResult(2.0, 1.0, dict), "a.jsonl, line 4")
+    guards.check_finite(7, StepResult(2.0, 1.0, dict, 0.0), "a.jsonl, line 4")
 
 
 # --- two ranks, the whole engine ------------------------------------------------------------------------------------

@@ -150,6 +150,6 @@ def test_kernels_are_as_near_to_fp32_as_plain_bf16(model_type: str) -> None:
 def test_what_has_arrived_is_remembered_by_nobody() -> None:
     """A collective's handle keeps its output alive; 180 gathered inputs would be kept until backward."""
     x = torch.zeros(2)
-    waits = [(0, 2, lambda: None)]
+    waits = [(0, x, lambda: None)]
     marks.let_arrive(x, waits)
     assert len(marks.arriving(x)) == 1 and waits == [] and marks.arriving(x) == []

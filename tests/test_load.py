@@ -16,7 +16,7 @@ from torch import nn
 from training import config, write_rows
 
 from lora_scale.parallel import flat, grid, load, memory, metrics, recompute, setup, transport, zero3
-from lora_scale.parallel.engine import ds_config
+from lora_scale.parallel.deepspeed_config import ds_config
 from lora_scale.parallel.world import World, on_every_rank, on_rank_zero
 from lora_scale.spec.config import ParallelConfig, RunConfig
 from lora_scale.spec.errors import LoraScaleError, ModelError

@@ -23,13 +23,13 @@ class FrozenMatmul(torch.autograd.Function):
         ctx.sum = marks.sum_of(x)
         flat, matrix = x.reshape(-1, x.shape[-1]), weight if transposed else weight.t()
         y = flat.new_empty(len(flat), matrix.shape[1])
-        for first, rows, wait in marks.arriving(x) or [(0, len(flat), lambda: None)]:
+        for first, rows, wait in marks.arriving(x) or [(0, flat, lambda: None)]:
             wait()
-            here = slice(first, first + rows)
+            here = y[first : first + len(rows)]
             if bias is None:
-                torch.mm(flat[here], matrix, out=y[here])
+                torch.mm(rows, matrix, out=here)
             else:
-                torch.addmm(bias, flat[here], matrix, out=y[here])
+                torch.addmm(bias, rows, matrix, out=here)
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to
 
     @staticmethod

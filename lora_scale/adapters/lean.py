@@ -1,5 +1,5 @@
-"""Operations that keep little for backward: norms, SwiGLU, dropout. On a GPU norms, SwiGLU and the rotation are Liger's
-kernels; elsewhere they are the same arithmetic in torch, so that what is kept, and tested, is the same.
+"""Operations that keep little for backward: norms, sums, SwiGLU, dropout. On a GPU norms, SwiGLU and the rotation are
+Liger's kernels; elsewhere they are the same arithmetic in torch, so that what is kept, and tested, is the same.
 
 A norm keeps its input and a number a row, SwiGLU its two factors, dropout nothing: what they gave is made again when
 backward wants it (`marks.Origin`).
@@ -22,6 +22,7 @@ OFFSETS = {  # what a family's norms add to their weight; families that are not 
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"), 0.0),
     **dict.fromkeys(("gemma2", "gemma3_text"), 1.0),
 }
+SUMMED = ("llama", "mistral", "qwen2", "qwen3")  # layers of two norms, attention and an MLP, and no more
 ROTATED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")  # Liger's rotation is theirs
 
 
@@ -58,12 +59,55 @@ class _RMSNorm(torch.autograd.Function):
             more = (ctx.offset, mode, size, warps, in_place, False, trains)
             dx, dw = kernels.rms_norm_backward(dy.contiguous(), flat, weight.data, rstd, *more)
             return dx, dw, None, None
-        width = weight.float() + ctx.offset
-        scaled = (dy.float() * width) if ctx.offset else (dy * weight).float()
-        unit = x.float() * rstd
-        dx = rstd * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
-        dw = (dy.float() * unit).flatten(0, -2).sum(0).to(weight.dtype) if trains else None
-        return dx.to(x.dtype), dw, None, None
+        return *_norm_gradients(dy, x, weight, rstd, ctx.offset, trains), None, None
+
+
+class _RMSNormOfSum(torch.autograd.Function):
+    """The norm of x + other, and that sum, whose own gradient is added by the norm's kernel. Without another the sum is
+    x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, other: Tensor | None, weight: nn.Parameter, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.weight, ctx.offset, ctx.is_sum = weight, offset, other is not None
+        if other is None:
+            y, rstd = _normed(x, weight, eps, offset)
+            ctx.save_for_backward(x, rstd)
+            return y, x.view_as(x)
+        if kernels := _kernels(x):
+            more = (weight.data, eps, offset, _mode(offset))
+            y, total, rstd, *_ = kernels.fused_add_rms_norm_forward(x.contiguous(), other.contiguous(), *more)
+        else:
+            total = other + x
+            y, rstd = _normed(total, weight, eps, offset)
+        ctx.save_for_backward(total, rstd)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy, dtotal), (total, rstd), weight = grads, ctx.saved_tensors, ctx.weight
+        trains = ctx.needs_input_grad[2]
+        if kernels := _kernels(dy):
+            more = (ctx.offset, _mode(ctx.offset), *_settings(dy.shape[-1]), 2, marks.owns_gradient(ctx), trains)
+            both = dy.contiguous(), dtotal.contiguous()
+            dx, _, dw = kernels.fused_add_rms_norm_backward(*both, total, weight.data, rstd, *more)
+        else:
+            dx, dw = _norm_gradients(dy, total, weight, rstd, ctx.offset, trains)
+            dx = dtotal + dx
+        return dx, dx if ctx.is_sum else None, dw, None, None
+
+
+def _norm_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, trains: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of the input and, where it trains, of the weight."""
+    width = weight.float() + offset
+    scaled = (dy.float() * width) if offset else (dy * weight).float()
+    unit = x.float() * rstd
+    dx = rstd * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
+    dw = (dy.float() * unit).flatten(0, -2).sum(0).to(weight.dtype) if trains else None
+    return dx.to(x.dtype), dw
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -94,14 +138,39 @@ class LeanRMSNorm(nn.Module):
     weight: nn.Parameter
     offset: float
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, other: Tensor | None = None, *, with_sum: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm; `with_sum` that of `hidden_states` + `other`, and the sum."""
         eps, offset = float(getattr(self, "variance_epsilon", 0.0) or self.eps), self.offset  # type: ignore[arg-type]
-        y = _RMSNorm.apply(hidden_states, self.weight, eps, offset)
-        if not torch.is_grad_enabled():
-            return y
-        return marks.with_origin(
-            y, marks.Origin(lambda x: _normed(x, self.weight, eps, offset)[0], (hidden_states.detach(),))
-        )
+        if with_sum:
+            y, x = _RMSNormOfSum.apply(hidden_states, other, self.weight, eps, offset)
+        else:
+            y, x = _RMSNorm.apply(hidden_states, self.weight, eps, offset), hidden_states
+        if torch.is_grad_enabled():
+            y = marks.with_origin(y, marks.Origin(lambda x: _normed(x, self.weight, eps, offset)[0], (x.detach(),)))
+        return (y, x) if with_sum else y
+
+
+class LeanLayer(nn.Module):
+    """A decoder layer whose sums are made, and their gradients added, by the norms that read them."""
+
+    input_layernorm: LeanRMSNorm
+    self_attn: nn.Module
+    post_attention_layernorm: LeanRMSNorm
+    mlp: nn.Module
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        y, x = self.input_layernorm(hidden_states, with_sum=True)
+        y, *_ = self.self_attn(hidden_states=y, **options)
+        y, x = self.post_attention_layernorm(y, x, with_sum=True)
+        return x + self.mlp(y)
+
+
+@cache
+def _summed(kind: type) -> type:
+    """A family's own class of layer, with our forward pass; by its name others know it."""
+    return type(kind.__name__, (LeanLayer, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -179,6 +248,10 @@ def make_lean(model: nn.Module) -> int:
         elif kind.endswith("MLP") and hasattr(module, "gate_proj") and type(module.act_fn).__name__ in SILU:
             module.__class__ = LeanMLP
             count += 1
+    if model_type in SUMMED:
+        for module in model.modules():
+            if dict(module.named_children()).keys() == LeanLayer.__annotations__.keys():
+                module.__class__ = _summed(type(module))  # type: ignore[arg-type]
     if model_type in ROTATED and torch.cuda.is_available() and _liger():
         vars(sys.modules[type(model).__module__])["apply_rotary_pos_emb"] = _rotated
     return count

@@ -104,7 +104,7 @@ class Sum:
         return total
 
 
-Arrival = tuple[int, int, Callable[[], Any]]  # first row, how many, and what waits for them
+Arrival = tuple[int, Tensor, Callable[[], Any]]  # the first row, where these rows are, and what waits for them
 
 
 def let_readers_add(x: Tensor, total: Sum) -> None:
@@ -139,6 +139,8 @@ class _Read(torch.autograd.Function):
         dx, total = grads[0], ctx.total.take()
         if total is None:
             return dx, None
+        node, _ = ctx.next_functions[0]
+        _let_overwrite(node)  # no one else has this sum
         total = total.view(ctx.shape)
         return total if dx is None else dx + total, None
 
@@ -172,7 +174,10 @@ def sum_of(x: Tensor) -> Sum | None:
 
 def let_overwrite_gradient(x: Tensor) -> None:
     """The gradient that `x` gets is nobody else's: what gave `x` may write into it. torch's own nodes cannot know."""
-    node: Any = x.grad_fn
+    _let_overwrite(x.grad_fn)
+
+
+def _let_overwrite(node: Any) -> None:
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         node._owns_gradient = True  # type: ignore[attr-defined]
 

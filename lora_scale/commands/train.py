@@ -22,6 +22,7 @@ from lora_scale.parallel import beside, checkpoint, fits, guards, local, memory,
 from lora_scale.parallel import data as run_data
 from lora_scale.parallel import grid as grids
 from lora_scale.parallel.beside import Factors, Turn, take_turns
+from lora_scale.parallel.clock import seconds_between
 from lora_scale.parallel.pace import Pace
 from lora_scale.parallel.pulse import Pulse
 from lora_scale.parallel.setup import Job
@@ -37,6 +38,7 @@ from lora_scale.storage.console import Console, LastWords, StopRequest, size
 from lora_scale.storage.folder import ModelFolder
 from lora_scale.storage.lease import Lease
 from lora_scale.storage.runlog import CHECKPOINTS, RunLog, log_path
+from lora_scale.storage.steps import with_next
 
 LEAST_AWAY = 1e-3  # seconds that are worth telling apart from a step
 
@@ -280,10 +282,11 @@ def _steps(begun: Begun, screen: Console, stop: StopRequest, pulse: Pulse, job_s
             seen = seen.after(0, val_loss)
             books.step(lambda: {"step": 0, "val_loss": val_loss})
         snapshot = memory.Snapshot(cfg.memory.snapshot_steps, runlog.log_path(cfg.run_dir, job.world.rank))
-        before = time.perf_counter()
-        away = 0.0  # seconds since `before` that are no training: evaluation, saving
+        before = engine.clock.now()
+        away = 0.0  # seconds since the last step that are no training: evaluation, saving
         stop.in_loop = True
-        for number, step in enumerate(engine.clock.timed("data", data.plan.steps(first)), start=first):
+        pairs = engine.clock.timed("data", with_next(data.plan.steps(first)))
+        for number, (step, after) in enumerate(pairs, start=first):
             done = number + 1
             lr = learning_rate(number, total, cfg.train)
             begin_time = time.time()
@@ -291,30 +294,36 @@ def _steps(begun: Begun, screen: Console, stop: StopRequest, pulse: Pulse, job_s
             snapshot.before(done)
             if away > LEAST_AWAY:
                 engine.clock.rest()
+                before = engine.clock.now()
+            away = 0.0
             with pulse.step(done):
                 finish = engine.start_step(step, number, lr, must_end, books.settle)
                 phases = engine.clock.memory.take()
                 held = memory.measure(job.world.device, engine.tracked, phases)  # while the device works
                 own.write({"step": done, **held})
+                if after and not begun.label and number > first and not _pauses(cfg, done):
+                    engine.begin(after, number + 1)
                 result = finish()
                 snapshot.after(done)
                 guards.check_finite(done, result, step.names)
                 learning.after_step(done, lr, step.target_tokens)
             tokens_seen += step.tokens
-            now = time.perf_counter()
-            seconds, before, away = now - before - away, now, 0.0  # from step to step, data and our own books included
+            seconds, before = seconds_between(before, result.ended), result.ended  # data and our own books included
             books.step(partial(metrics.row, done, result, lr, step, seconds, job, held))
             figures, slow = pace.measure(done)
             for text in slow:
                 screen.line(text)
             if data.validation and (done == total or (cfg.eval.every and done % cfg.eval.every == 0)):
+                paused = time.perf_counter()
                 figures |= job.evaluate(done)
-                away += time.perf_counter() - now
+                away += time.perf_counter() - paused
                 seen = seen.after(done, figures["val_loss"])
             ends = done == total or result.stop or _is_over(cfg, seen)
             best = cfg.save.best is not None and seen.is_best(done)
             last = ends and (cfg.save.last or done < total)
             saves = last or best or bool(cfg.save.every and done % cfg.save.every == 0)
+            if ends:
+                engine.forget()
             if saves or figures:
                 books.write(figures, sync=saves)  # before the save: a run that resumes from it finds all its rows
             if saves:
@@ -344,6 +353,12 @@ def _steps(begun: Begun, screen: Console, stop: StopRequest, pulse: Pulse, job_s
         return
     end = f"; val_loss {figures['val_loss']:.4f}" if data.validation else ""
     screen.line(f"finished {total} steps in {books.seconds:.0f} s{end}")
+
+
+def _pauses(cfg: RunConfig, done: int) -> bool:
+    """Whether something is to be done between this step and the next, or is recorded of one of them alone."""
+    every = (cfg.eval.every, cfg.save.every)
+    return any(n and done % n == 0 for n in every) or bool({done, done + 1} & set(cfg.memory.snapshot_steps or ()))
 
 
 def _freeze() -> float:

@@ -11,7 +11,8 @@ from lora_scale.adapters import initial
 from lora_scale.adapters.lora import adapted_layers
 from lora_scale.parallel import masters, recompute, samples, setup
 from lora_scale.parallel.data import Data
-from lora_scale.parallel.engine import Engine, ds_config
+from lora_scale.parallel.deepspeed_config import ds_config
+from lora_scale.parallel.engine import Engine
 from lora_scale.parallel.setup import Job
 from lora_scale.parallel.world import on_every_rank
 from lora_scale.spec import cost

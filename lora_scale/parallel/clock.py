@@ -80,14 +80,18 @@ class PhaseClock:
             self._beside.append((name, time.perf_counter() - start))
             yield item
 
+    def now(self) -> Moment:
+        """This moment: on a GPU, when what is begun is done."""
+        return _now(self._device)
+
     def rest(self) -> None:
         """What comes until the next phase is no part of a step: an evaluation, a save."""
         self._before = None
 
     def take(self) -> Callable[[], dict[str, float]]:
         """What gives the sum of each phase since the last call, of `collectives`, which are in no phase but their own,
-        and of the time `between` phases, from the end of the last step on; to be called when the device is
-        synchronised, but not while it waits: events are thousands a step."""
+        and of the time `between` phases, from the end of the last step on; to be called when the device is past
+        them, but not while it waits: events are thousands a step."""
         spans, beside, before = self._spans, self._beside, self._before
         self._spans, self._beside = [], []
         self._before = spans[-1].end if spans else None
@@ -101,11 +105,11 @@ def _sums(spans: list[Span], beside: list[tuple[str, float]], before: Moment | N
     waited, between, began = 0.0, 0.0, before
     for span in spans:
         if before is not None:
-            between += _between(before, span.start)
+            between += seconds_between(before, span.start)
         before = span.end
-        waits = sum(_between(start, end) for start, end in span.waits)
+        waits = sum(seconds_between(start, end) for start, end in span.waits)
         assert span.end is not None
-        sums[span.name] = sums.get(span.name, 0.0) + _between(span.start, span.end) - waits
+        sums[span.name] = sums.get(span.name, 0.0) + seconds_between(span.start, span.end) - waits
         waited += waits
     if began is not None:  # what is beside the phases came in the pause before the first
         between = max(0.0, between - sum(seconds for _, seconds in beside))
@@ -120,8 +124,15 @@ def _now(device: torch.device) -> Moment:
     return event
 
 
-def _between(start: Moment, end: Moment) -> float:
+def seconds_between(start: Moment, end: Moment) -> float:
+    """Both must be over."""
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         return start.elapsed_time(end) / 1e3
     assert isinstance(start, float) and isinstance(end, float)
     return end - start
+
+
+def wait(until: Moment) -> None:
+    """Until the device is there."""
+    if isinstance(until, torch.cuda.Event):
+        until.synchronize()

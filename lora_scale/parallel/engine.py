@@ -1,4 +1,4 @@
-"""One optimizer step through DeepSpeed. The only place where a DeepSpeed configuration key is written.
+"""One optimizer step through DeepSpeed.
 
 The loss of a step is the mean over all its target tokens, whatever rank and micro-batch they fell to: a mean of
 per-batch means would weigh a token by the company it keeps.
@@ -6,8 +6,7 @@ per-batch means would weigh a token by the company it keeps.
 
 import importlib
 import inspect
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 
 from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.parallel import classes, documents, gradients, masters, memory, tensor_parallel, vocabulary, zero3
-from lora_scale.parallel.clock import PhaseClock, exposed
+from lora_scale.parallel.clock import Moment, PhaseClock, exposed, wait
+from lora_scale.parallel.deepspeed_config import clips_itself, optimizer_for
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.vocabulary import IGNORED
-from lora_scale.spec import cost, elsewhere, states
 from lora_scale.spec.config import RunConfig
-from lora_scale.spec.errors import ConfigError
 from lora_scale.spec.splits import Part, Split
 from lora_scale.storage.packing import Batch
 from lora_scale.storage.steps import Step
@@ -40,107 +38,9 @@ class StepResult:
     loss: float  # mean over the step's target tokens on all ranks, in nats
     grad_norm: float  # global, before clipping
     seconds: Callable[[], dict[str, float]]
+    ended: Moment  # on the device's clock: seconds between steps are between these
     stop: bool = False  # some rank was asked to stop; every rank sees the same
     own_loss: float = 0.0  # this rank's summed loss: not finite where its own rows made it so
-
-
-def ds_config(
-    cfg: RunConfig, accumulation: int, layer_numel: int, trainable_numel: int, layers: Sequence[str]
-) -> dict[str, Any]:
-    """DeepSpeed's configuration of this run.
-
-    `layer_numel` is the largest decoder layer's size in elements and `layers` the class names of decoder layers: each
-    is gathered as one, a prefetch bucket holds the next one, and nothing waits for reuse. Nothing is "persistent":
-    DeepSpeed drops and re-gathers such parameters one by one at every step. The gradient bucket is allocated at once,
-    so it is sized to what trains.
-    """
-    stage = states.deepspeed_stage(cfg, trainable_numel)
-    full = cfg.method == "full"
-    bf16_masters = full and cfg.precision == "bf16"  # adapters are fp32 themselves and need no second copy
-    if bf16_masters and stage == 0:
-        raise ConfigError(
-            "method is full in bf16 with parallel.zero_stage = 0, which keeps no fp32 copy of the weights; use "
-            "stage 1, 2 or 3"
-        )
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": cost.reduce_bucket(trainable_numel),
-    }
-    if stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_prefetch_bucket_size": layer_numel,
-            "stage3_max_live_parameters": 3 * layer_numel,
-            "stage3_max_reuse_distance": 0,
-            "leaf_module": {"classes": list(layers)},
-        }
-    ours = {
-        "train_micro_batch_size_per_gpu": cfg.train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if clips_itself(cfg) else cfg.train.max_grad_norm,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16_masters},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "steps_per_print": 10**9,
-    }
-    return _merged(ours, passed_through(cfg))
-
-
-def passed_through(cfg: RunConfig) -> dict[str, Any]:
-    """`engine.deepspeed`: what DeepSpeed is told beside what this config says."""
-    given = cfg.engine.deepspeed
-    if isinstance(given, dict):
-        return given
-    try:
-        tree = json.loads(given.expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"engine.deepspeed is {given}, which cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"engine.deepspeed is {given}, which is not JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"engine.deepspeed is {given}, which holds no JSON object")
-    if told := elsewhere.refused(tree):
-        raise ConfigError("\n".join(f"{given}: {line}" for line in told))
-    return tree
-
-
-def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """`more` over `base`, section by section."""
-    both = {name: _merged(base[name], more[name]) for name in base.keys() & more.keys() if isinstance(more[name], dict)}
-    return {**base, **more, **both}
-
-
-def clips_itself(cfg: RunConfig) -> bool:
-    """Whether `parallel.gradients` finishes the gradients. DeepSpeed knows no tensor that is whole on each rank while
-    its gradient is not, and at stage 0 it does not tell the norm; full fine-tuning beyond that stage is all its own."""
-    return cfg.method != "full" or cfg.parallel.zero_stage == 0
-
-
-def optimizer_for(model: nn.Module, cfg: RunConfig, uneven: Collection[str] = ()) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; those with fewer than two dims (norms, biases) do not decay.
-
-    A group's `lr_ratio` is its learning rate over the schedule's: other than 1 for lora_B in LoRA+. What tensor
-    parallelism cuts into `uneven` shards is apart: ZeRO-1 and 2 lay a group end to end, and the other groups must be
-    partitioned alike on the ranks that sum parts of a gradient.
-    """
-    members: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}  # no empty group: it breaks torch's bookkeeping
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            lr_ratio = cfg.train.loraplus_lr_ratio if name.endswith(".lora_B") else 1.0
-            members.setdefault((len(zero3.shape(p)) >= 2, lr_ratio, name in uneven), []).append(p)
-    groups = [
-        {
-            "params": found,
-            "weight_decay": cfg.train.weight_decay if decays else 0.0,
-            "lr_ratio": lr_ratio,
-        }
-        for (decays, lr_ratio, _), found in members.items()
-    ]
-    return torch.optim.AdamW(groups, lr=cfg.train.lr, betas=cfg.train.betas, eps=cfg.train.eps)
 
 
 class Engine:
@@ -175,6 +75,7 @@ class Engine:
         self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._parts = self.parts() if clips_itself(cfg) else []
         self.clock, self.tracked = PhaseClock(self.world.device), memory.Tracked(self.ds)
+        self._ahead: Tensor | None = None  # loss of a step's first micro-batch
         if self.ds.zero_optimization_stage():
             zero3.around_waits(self.ds, partial(exposed, self.world.device))
         else:
@@ -201,23 +102,23 @@ class Engine:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Callable[[], StepResult]:
         """Forward and backward over this rank's micro-batches, then one optimizer step with learning rate `lr`; what is
-        returned waits for the device, which is still at work.
+        returned waits for the device, which is still at work. The first forward pass may be done already (`begin`).
 
         `stop()` says whether this rank was asked to stop; the answer, for all ranks, comes with the loss.
         `meanwhile()` is called once, when a GPU has its first work of this step.
         """
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-        torch.manual_seed(_mix(self.cfg.seed, number, self.grid.dp_rank))  # the base's own dropout, when it is not 0
+        if self._ahead is None:
+            self.begin(step, number)
         norm: Tensor | None = None
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # loss, asked to stop
         for batch in step.micro_batches:
-            with self.clock.phase("forward"):
-                loss = self._loss_sum(batch, number)
-                total[0] += loss.detach()
+            loss, self._ahead = self._forward(batch, number) if self._ahead is None else self._ahead, None
             if batch is step.micro_batches[0]:
                 meanwhile()
             with self.clock.phase("backward"):  # DeepSpeed averages gradients over ranks: give back the sum
+                total[0] += loss.detach()
                 self.ds.backward(loss * (self.grid.dp_size / max(1, step.target_tokens)), scale_wrt_gas=False)
             with self.clock.phase("step"):
                 if self._parts and self.ds.is_gradient_accumulation_boundary():
@@ -230,12 +131,30 @@ class Engine:
         own = total[:1].clone()
         with self.clock.phase("step"), exposed(self.world.device):  # for the slowest rank
             dist.all_reduce(total)
-        return partial(self._result, step, torch.cat([total, own, norm.double().view(1)]))
+        found = torch.empty(4, dtype=torch.float64, pin_memory=self.world.device.type == "cuda")
+        found.copy_(torch.cat([total, own, norm.double().view(1)]), non_blocking=True)
+        return partial(self._result, step, found, self.clock.take(), self.clock.now())
 
-    def _result(self, step: Step, found: Tensor) -> StepResult:
-        summed, asked, own_loss, grad_norm = found.tolist()  # waits for the device: now the clock may be read
+    def _result(self, step: Step, found: Tensor, seconds: Callable[[], dict[str, float]], ended: Moment) -> StepResult:
+        wait(ended)  # and for nothing that was begun after it
+        summed, asked, own_loss, grad_norm = found.tolist()
         mean = summed / self.grid.tp_size / max(1, step.target_tokens)  # a tensor-parallel group has one loss
-        return StepResult(mean, grad_norm, self.clock.take(), asked > 0, own_loss)
+        return StepResult(mean, grad_norm, seconds, ended, asked > 0, own_loss)
+
+    def begin(self, step: Step, number: int) -> None:
+        """Forward over the first micro-batch of the step that comes next, before anyone has waited for the last one: a
+        GPU then has work while its processor reads, checks and tells what came of that. Nothing but a step may follow;
+        if none does (the last one was to be the last), `forget`."""
+        torch.manual_seed(_mix(self.cfg.seed, number, self.grid.dp_rank))  # the base's own dropout, when it is not 0
+        self._ahead = self._forward(step.micro_batches[0], number)
+
+    def forget(self) -> None:
+        """What was begun is not wanted."""
+        self._ahead = None
+
+    def _forward(self, batch: Batch, number: int) -> Tensor:
+        with self.clock.phase("forward"):
+            return self._loss_sum(batch, number)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the target tokens of all ranks' batches. Every rank gives equally many."""

@@ -135,7 +135,7 @@ class _ProductScattered(torch.autograd.Function):
         dx = whole.new_empty(len(whole), weight.shape[1])
         for first, rows, wait in arrivals:
             wait()
-            torch.mm(whole[first : first + rows], weight, out=dx[first : first + rows])
+            torch.mm(rows, weight, out=dx[first : first + len(rows)])
         return dx.view(1, *dx.shape), None, None, None
 
 

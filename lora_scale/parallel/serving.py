@@ -19,7 +19,7 @@ from lora_scale.adapters.lora import file_name
 from lora_scale.adapters.peft import MAGNITUDE, Adapter
 from lora_scale.adapters.resident import Beside, Residents, Run
 from lora_scale.parallel import load, recompute, setup, tensor_parallel, zero3
-from lora_scale.parallel.engine import ds_config
+from lora_scale.parallel.deepspeed_config import ds_config
 from lora_scale.parallel.grid import Grid, Mpu
 from lora_scale.parallel.world import on_every_rank
 from lora_scale.spec.config import RunConfig

@@ -33,7 +33,8 @@ from lora_scale.parallel import (
 )
 from lora_scale.parallel.checkpoint import State
 from lora_scale.parallel.data import Data
-from lora_scale.parallel.engine import Engine, ds_config
+from lora_scale.parallel.deepspeed_config import ds_config
+from lora_scale.parallel.engine import Engine
 from lora_scale.parallel.gathering import Gathering
 from lora_scale.parallel.grid import Grid
 from lora_scale.parallel.samples import Samples

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
 from lora_scale.spec.errors import ConfigError
 from lora_scale.storage.mixture import Mixture
 from lora_scale.storage.packing import EMPTY, Batch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +135,12 @@ def eval_batches(
     numbers[:n] = np.arange(n) * len(blocks) // n
     own = numbers.reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
     return [blocks.batch(row) for row in own]
+
+
+def with_next(items: Iterator[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item and the one after it."""
+    now = next(items, None)
+    while now is not None:
+        after = next(items, None)
+        yield now, after
+        now = after
