@@ -89,13 +89,16 @@ def test_on_a_gpu_the_devices_own_time_counts() -> None:
         torch.cuda.synchronize()
         seconds = found.take()()
     assert seconds["collectives"] > 0.02 > seconds["forward"] > 0
-    with found.phase("forward"):
+    times = []
+    for _ in range(5):  # the best of five
+        with found.phase("forward"):
+            began = time.perf_counter()
+            for _ in range(WAITS):
+                with exposed(device):
+                    pass
+            issued = time.perf_counter() - began
+        torch.cuda.synchronize()
         began = time.perf_counter()
-        for _ in range(WAITS):
-            with exposed(device):
-                pass
-        issued = time.perf_counter() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    found.take()()
-    assert issued + time.perf_counter() - began < WAITS * EACH
+        found.take()()
+        times.append(issued + time.perf_counter() - began)
+    assert min(times) < WAITS * EACH

@@ -126,6 +126,17 @@ def test_losses_and_gradients_equal_one_process(
     assert not failures, "\n".join(failures)
 
 
+def test_steps_that_are_begun_early_are_the_same_to_the_bit(trees: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """With dropout, whose masks go by step and place, several passes a step, and every way to gather; nobody waits for
+    the device but for a step's result."""
+    names = ("stage 3, recompute one layer", "stage 3 by DeepSpeed", "stage 0")
+    cases = {name: {**trees[name], "lora": {**trees[name]["lora"], "dropout": 0.2}} for name in names}
+    cases["full, stage 3, recompute"] = trees["full, stage 3, recompute"]
+    found = run_ranks(2, "training:begun_or_not", cases, folder=tmp_path)[0]
+    assert {name: same for name, (same, _) in found.items()} == dict.fromkeys(cases, True)
+    assert [found[name][1] for name in ("stage 3, recompute one layer", "stage 0")] == [0, 0], "by DeepSpeed's timers"
+
+
 BF16: dict[str, dict[str, Any]] = {
     "stage 2": {"parallel__zero_stage": 2},
     "stage 1": {"parallel__zero_stage": 1},

@@ -101,6 +101,36 @@ def test_readers_add_up_one_gradient() -> None:
         torch.testing.assert_close(gradient(n), reference, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("lies_in_one", "products"), [(True, 2), (False, 4)])
+def test_k_and_v_wait_for_q_where_their_matrices_lie_end_to_end(lies_in_one: bool, products: int) -> None:
+    """q, an adapter, k, v: backward asks in the other order. Two products are the adapter's and that of all three."""
+    torch.manual_seed(0)
+    sizes, features = (96, 80, 80), 400
+    buffer = torch.randn(sum(sizes), features)
+    weights = list(buffer.split(sizes)) if lies_in_one else [part.clone() for part in buffer.split(sizes)]
+    weights.insert(1, torch.randn(4, features))
+    gradients = [torch.randn(5, len(weight)) for weight in weights]
+    made: list[bool] = []
+
+    class Counted(marks.Sum):
+        def add_product(self, dy: Tensor, weight: Tensor, is_last: bool) -> None:
+            made.append(is_last)
+            super().add_product(dy, weight, is_last)
+
+    total = Counted()
+    for _ in weights:
+        total.expect()
+    for dy, weight in reversed(list(zip(gradients, weights, strict=True))):
+        total.add(dy, weight)
+    assert made == [False] * (products - 1) + [True]
+    expected = sum(dy @ weight for dy, weight in zip(gradients, weights, strict=True))
+    torch.testing.assert_close(total.take(), expected, rtol=1e-5, atol=1e-4)
+    total.expect()
+    total.expect()
+    total.add(gradients[3], weights[3])  # the other reader has no gradient
+    torch.testing.assert_close(total.take(), gradients[3] @ weights[3])
+
+
 def test_a_norm_writes_into_a_gradient_only_where_that_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = nn.Module()
     norm.__class__, norm.offset, norm.eps, norm.weight = lean.LeanRMSNorm, 0.0, 1e-6, nn.Parameter(torch.ones(4))
@@ -150,6 +180,6 @@ def test_kernels_are_as_near_to_fp32_as_plain_bf16(model_type: str) -> None:
 def test_what_has_arrived_is_remembered_by_nobody() -> None:
     """A collective's handle keeps its output alive; 180 gathered inputs would be kept until backward."""
     x = torch.zeros(2)
-    waits = [(0, x, lambda: None)]
+    waits = [(0, 2, lambda: None)]
     marks.let_arrive(x, waits)
     assert len(marks.arriving(x)) == 1 and waits == [] and marks.arriving(x) == []

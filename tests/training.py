@@ -106,13 +106,17 @@ def start(here: World, tree: dict[str, Any], *, randomise: bool = True, resume: 
 _grid = cache(grids.make)
 
 
-def train(job: setup.Job, first: int = 0, steps: int | None = None) -> Trace:
-    """Steps through the engine; gradients are read off Adam's first moment after the first step: 0.1 g (beta_1 =
-    0.9)."""
+def train(job: setup.Job, first: int = 0, steps: int | None = None, begins: bool = True) -> Trace:
+    """Steps through the engine, each begun before the last is waited for, as `lora-scale train` does it, or not;
+    gradients are read off Adam's first moment after the first step: 0.1 g (beta_1 = 0.9)."""
     trace = Trace([], [], {}, {})
     total = job.data.plan.total_steps
-    for number in range(first, first + (total if steps is None else steps)):
-        result = job.engine.train_step(job.data.plan.step(number), number, learning_rate(number, total, job.cfg.train))
+    last = first + (total if steps is None else steps) - 1
+    for number in range(first, last + 1):
+        finish = job.engine.start_step(job.data.plan.step(number), number, learning_rate(number, total, job.cfg.train))
+        if begins and first < number < last:
+            job.engine.begin(job.data.plan.step(number + 1), number + 1)
+        result = finish()
         trace.losses.append(result.loss)
         trace.norms.append(result.grad_norm)
         if number == 0:
@@ -136,6 +140,26 @@ def run_cases(here: World, cases: dict[str, dict[str, Any]]) -> dict[str, Trace]
         traces[name] = train(job)
         job.engine.ds.destroy()
     return traces
+
+
+def begun_or_not(here: World, cases: dict[str, dict[str, Any]]) -> dict[str, tuple[bool, int]]:
+    """Whether runs are the same to the bit when steps are begun early, and how often the device was waited for."""
+    from deepspeed.accelerator import get_accelerator
+
+    found, waits, accelerator = {}, [], get_accelerator()
+    accelerator.synchronize = lambda *_: waits.append(1)  # type: ignore[method-assign]
+    for name, tree in cases.items():
+        traces = []
+        for begins in (True, False):
+            job = start(here, tree)
+            waits.clear()
+            traces.append(train(job, begins=begins))
+            waited = len(waits)
+            job.engine.ds.destroy()
+        one, other = traces
+        same = one.losses == other.losses and one.norms == other.norms
+        found[name] = same and all(torch.equal(one.values[key], other.values[key]) for key in other.values), waited
+    return found
 
 
 def reference(tree: dict[str, Any], steps: int = 0, dtype: torch.dtype = torch.float32) -> Trace:

@@ -23,13 +23,13 @@ class FrozenMatmul(torch.autograd.Function):
         ctx.sum = marks.sum_of(x)
         flat, matrix = x.reshape(-1, x.shape[-1]), weight if transposed else weight.t()
         y = flat.new_empty(len(flat), matrix.shape[1])
-        for first, rows, wait in marks.arriving(x) or [(0, flat, lambda: None)]:
+        for first, rows, wait in marks.arriving(x) or [(0, len(flat), lambda: None)]:
             wait()
-            here = y[first : first + len(rows)]
+            here = slice(first, first + rows)
             if bias is None:
-                torch.mm(rows, matrix, out=here)
+                torch.mm(flat[here], matrix, out=y[here])
             else:
-                torch.addmm(bias, rows, matrix, out=here)
+                torch.addmm(bias, flat[here], matrix, out=y[here])
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 NARROW = 64  # columns of a product that costs its sum's traffic, not its arithmetic
+FEW = 4  # a matrix with so many times fewer rows than columns waits for the one that it lies beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,14 @@ class Sum:
     """The gradient of a tensor that several linear layers read, added up by their products and not beside them.
 
     A product with few columns costs what reading and writing the sum costs: those of adapters are held back, to be
-    added together.
+    added together; those of k and v, to be one with q's where their matrices lie end to end.
     """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None  # (tokens, features)
         self._readers = self._added = 0
         self._held: list[tuple[Tensor, Tensor]] = []
+        self._beside: list[tuple[Tensor, Tensor]] = []  # held back too, in the order of memory
         self._made: tuple[Callable[..., Tensor], Tensor] | None = None
 
     def made(self, make: Callable[..., Tensor], kept: Sequence[Tensor]) -> Tensor:
@@ -74,22 +76,36 @@ class Sum:
     def add(self, dy: Tensor, weight: Tensor) -> None:
         """`dy` (tokens, out) times `weight` (out, features)."""
         self._added += 1
-        is_last, is_narrow = self._added == self._readers, len(weight) <= NARROW
-        if is_narrow:
+        is_last = self._added == self._readers
+        if is_narrow := len(weight) <= NARROW:
             self._held.append((dy, weight))
+        elif self._beside and _follows(self._beside[0][1], weight):
+            self._beside.insert(0, (dy, weight))
+        else:
+            self._add_beside(False)
+            self._beside.append((dy, weight))
         if is_last:
-            self.add_held(is_narrow)
-        if not is_narrow:
-            self.add_product(dy, weight, is_last)
+            self.add_held()
+        elif not is_narrow and len(weight) * FEW > weight.shape[1]:
+            self._add_beside(False)
 
-    def add_held(self, is_last: bool) -> None:
-        """Nothing is held back any more, for the sum or for its readers."""
-        if is_last:
-            self._made = None
+    def add_held(self) -> None:
+        """Nothing is held back any more: there will be no other, or the sum is wanted."""
         if self._held:
             gradients, weights = zip(*self._held, strict=True)
             self._held.clear()
-            self.add_product(torch.cat(gradients, 1), torch.cat(weights), is_last)
+            self.add_product(torch.cat(gradients, 1), torch.cat(weights), not self._beside)
+        self._add_beside(True)
+
+    def _add_beside(self, is_last: bool) -> None:
+        held, self._beside = self._beside, []
+        if len(held) > 1:
+            gradients, weights = zip(*held, strict=True)
+            rows = sum(map(len, weights))
+            whole = weights[0].as_strided((rows, weights[0].shape[1]), weights[0].stride())
+            self.add_product(torch.cat(gradients, 1), whole, is_last)
+        elif held:
+            self.add_product(*held[0], is_last)
 
     def add_product(self, dy: Tensor, weight: Tensor, is_last: bool) -> None:
         """At once. `is_last`: there will be no other."""
@@ -99,12 +115,20 @@ class Sum:
             self.total.addmm_(dy, weight)
 
     def take(self) -> Tensor | None:
-        self.add_held(True)
+        self.add_held()
+        self._made = None
         total, self.total = self.total, None
         return total
 
 
-Arrival = tuple[int, Tensor, Callable[[], Any]]  # the first row, where these rows are, and what waits for them
+def _follows(second: Tensor, first: Tensor) -> bool:
+    """Whether a matrix begins in memory where the first one ends."""
+    one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    dense = first.is_contiguous() and second.is_contiguous() and first.shape[1] == second.shape[1]
+    return one_memory and dense and first.data_ptr() + first.nbytes == second.data_ptr()
+
+
+Arrival = tuple[int, int, Callable[[], Any]]  # first row, how many, and what waits for them
 
 
 def let_readers_add(x: Tensor, total: Sum) -> None:

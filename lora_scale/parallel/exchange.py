@@ -40,8 +40,8 @@ class Exchange(Protocol):
     size: int
 
     def gather(self, own: Tensor) -> tuple[Tensor, list[Arrival]]:
-        """(tokens, features) of each rank -> those of all, in the ranks' order, and where each rank's rows are after
-        what wait; after the last all are in the result. It is lent: it holds until the next exchange but one."""
+        """(tokens, features) of each rank -> those of all, in the ranks' order, and what to wait for before rows are
+        read. The result is lent: it holds until the next exchange but one."""
 
     def summing(self, tokens: int, features: int, like: Tensor) -> Summing: ...
 
@@ -77,9 +77,9 @@ class Collective:
         mine.copy_(own)
         work = dist.all_gather_into_tensor(y, mine, group=self.group, async_op=True)  # in place: `mine` stays readable
         wait: Callable[[], None] = partial(_wait, work, own.device)
-        arrivals: list[Arrival] = [(self.rank * tokens, mine, _at_once)]
+        arrivals: list[Arrival] = [(self.rank * tokens, tokens, _at_once)]
         for rank in _others_first(self.rank, self.size)[:-1]:
-            arrivals.append((rank * tokens, y.narrow(0, rank * tokens, tokens), wait))
+            arrivals.append((rank * tokens, tokens, wait))
             wait = _at_once
         return y, arrivals
 
@@ -127,24 +127,20 @@ class OneSided:
         self._slots: list[list[Tensor]] = []  # slot, rank
         self._number = 0
         self._seen: torch.cuda.Event | None = None  # the peers have come to the last exchange
-        self._leaving: Tensor | None = None  # own tokens that are being copied
 
     def gather(self, own: Tensor) -> tuple[Tensor, list[Arrival]]:
         tokens, features = own.shape
         slot = self._begin(self.size * tokens, features, own)
         y = slot[self.rank]
-        self._leaving = own  # beside the first product, which reads them where they are
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
-            y.narrow(0, self.rank * tokens, tokens).copy_(own, non_blocking=True)
+        y.narrow(0, self.rank * tokens, tokens).copy_(own)
         for rank in range(self.size):
             if rank != self.rank:
-                _write(self._side, self._peers_flags[rank], self.rank, self._number)
-        arrivals: list[Arrival] = [(self.rank * tokens, own, _at_once)]
+                self._tell(rank)
+        arrivals: list[Arrival] = [(self.rank * tokens, tokens, _at_once)]
         for rank in _others_first(self.rank, self.size)[:-1]:
             rows = slice(rank * tokens, (rank + 1) * tokens)
             arrived = self._fetch(rank, slot[rank][rows], y[rows])
-            arrivals.append((rank * tokens, y[rows], partial(self._await, arrived)))
+            arrivals.append((rank * tokens, tokens, partial(self._await, arrived)))
         return torch.ops.aten._unsafe_view(y, y.shape), arrivals  # for autograd no view of what others write to
 
     def summing(self, tokens: int, features: int, like: Tensor) -> "_Fetched":
@@ -187,7 +183,6 @@ class OneSided:
     def _await(self, arrived: torch.cuda.Event) -> None:
         with exposed(self._device):
             torch.cuda.current_stream(self._device).wait_event(arrived)
-        self._leaving = None  # copied before
 
 
 class _Fetched:

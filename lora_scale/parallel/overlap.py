@@ -80,7 +80,8 @@ class _Sent(marks.Sum):
 
     def own(self) -> Tensor | None:
         """This rank's tokens of the gradient, (tokens, features); None where no reader gave any."""
-        self.add_held(is_last=True)
+        self.add_held()
+        self._made = None
         summing, self._summing = self._summing, None
         if summing is None:
             return None
@@ -135,7 +136,7 @@ class _ProductScattered(torch.autograd.Function):
         dx = whole.new_empty(len(whole), weight.shape[1])
         for first, rows, wait in arrivals:
             wait()
-            torch.mm(rows, weight, out=dx[first : first + len(rows)])
+            torch.mm(whole[first : first + rows], weight, out=dx[first : first + rows])
         return dx.view(1, *dx.shape), None, None, None
 
 
