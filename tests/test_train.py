@@ -102,6 +102,32 @@ def _judge_interrupted(end: End, run: Path) -> None:
     assert max(map(len, bars)) <= 99, "a live line that wraps would scroll the terminal"
 
 
+SLOW = """\
+import sys, time
+if "train" in sys.argv:
+    from lora_scale.parallel import beside
+    original = beside.Factors.put
+
+    def put(self, model):
+        time.sleep(0.1)
+        original(self, model)
+
+    beside.Factors.put = put
+"""
+
+
+def test_a_step_that_was_begun_early_has_all_its_seconds(folder: Path, tmp_path: Path) -> None:
+    """Whatever the processor does between steps. On GPUs it once took their first forward pass away."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    end = Command([*TRAIN, "run_dir=slow", "train.max_steps=6", "save.every=3", "--ranks", "1"], folder, path=tmp_path)
+    assert (ended := end.end()).code == 0, ended.screen
+    rows = read_metrics(folder / "slow")[1:]
+    for row in rows:
+        phases = {name: seconds for name, seconds in row["phase_seconds"].items() if name not in ("between", "data")}
+        assert row["seconds"] >= 0.999 * sum(phases.values()), row
+    assert [row["step"] for row in rows[1:] if row["seconds"] > 0.1] == [3, 5, 6], "not begun: the first, and after 3"
+
+
 # --- when something goes wrong on one rank --------------------------------------------------------------------------
 
 PATCH = """\

@@ -292,7 +292,7 @@ def _steps(begun: Begun, screen: Console, stop: StopRequest, pulse: Pulse, job_s
             begin_time = time.time()
             must_end = partial(_must_end, stop, end_of_job, step_seconds, save_seconds)
             snapshot.before(done)
-            if away > LEAST_AWAY:
+            if away > LEAST_AWAY and not engine.has_begun:
                 engine.clock.rest()
                 before = engine.clock.now()
             away = 0.0

@@ -69,7 +69,7 @@ def tell(position_ids: np.ndarray, device: torch.device) -> None:
     ends = [row * tokens + end for row, its in enumerate(starts) for end in its[1:]]
     cuts = None
     if device.type == "cuda" and len(ends) > len(starts) and torch.cuda.get_device_capability(device) >= AMPERE:
-        cuts = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
+        cuts = torch.tensor([0, *ends], dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
     _told[:] = [Batch(starts, longest, cuts)]
 
 

@@ -127,7 +127,7 @@ class Engine:
                 self.ds.step()  # counts micro-batches; the optimizer steps at the last one
         if norm is None:
             norm = torch.as_tensor(self.ds.get_global_grad_norm(), device=self.world.device)
-        total[1] = float(stop())
+        total[1].fill_(float(stop()))  # not copied from the host: the device may be waited for then
         own = total[:1].clone()
         with self.clock.phase("step"), exposed(self.world.device):  # for the slowest rank
             dist.all_reduce(total)
@@ -147,6 +147,10 @@ class Engine:
         if none does (the last one was to be the last), `forget`."""
         torch.manual_seed(_mix(self.cfg.seed, number, self.grid.dp_rank))  # the base's own dropout, when it is not 0
         self._ahead = self._forward(step.micro_batches[0], number)
+
+    @property
+    def has_begun(self) -> bool:
+        return self._ahead is not None
 
     def forget(self) -> None:
         """What was begun is not wanted."""
@@ -212,7 +216,10 @@ def positions_with_target(labels: np.ndarray) -> np.ndarray | None:
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    here = torch.from_numpy(array)
+    if device.type == "cuda":  # from other memory the copy waits for what was begun
+        here = here.pin_memory()
+    return here.to(device, non_blocking=True)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
