@@ -157,6 +157,10 @@ def tables(arguments: argparse.Namespace) -> None:
             text += [*head, *real_rows.table(record["runs"]), ""]
         elif record.get("kind") == "attention":
             text += [*_head("Attention of packed rows", path.name, record), *bench_attention.table(record["rows"]), ""]
+        elif record.get("kind") == "overhead":
+            text += _overhead_table(path.name, record)
+        elif record.get("kind") == "products":
+            text += _products_table(path.name, record)
         elif record.get("kind") == "serving":
             text += [*_head("Latency and switching", path.name, record), *bench_serving.table(record), ""]
         elif "title" in record:
@@ -208,6 +212,29 @@ def _head(title: str, file: str, record: dict[str, Any]) -> list[str]:
     """What was done, and to which commit."""
     said = f"{record['what']}; {record['hardware']}; commit `{record['commit'][:10]}`; record [{file}]({file})."
     return [f"## {title}", "", said[0].upper() + said[1:], ""]
+
+
+def _overhead_table(file: str, record: dict[str, Any]) -> list[str]:
+    """Of scripts/bench_overhead.py."""
+    lines = _head("What it costs a step to be told of", file, record)
+    lines += ["| model | GPUs | settings | a step without, s | with, s | more |", "|---|--:|---|--:|--:|--:|"]
+    for row in record["rows"]:
+        without, told = (row["medians"][way] for way in ("without", "with"))
+        settings = f"`{' '.join(row['settings'])}`"
+        lines.append(
+            f"| {row['model']} | {row['ranks']} | {settings} | {without:.4f} | {told:.4f} | {row['overhead']:+.2%} |"
+        )
+    return [*lines, ""]
+
+
+def _products_table(file: str, record: dict[str, Any]) -> list[str]:
+    lines = _head("Products alone, sustained", file, record)
+    lines += ["| product | ms | TFLOP/s | MHz | W |", "|---|--:|--:|--:|--:|"]
+    for row in record["rows"]:
+        rate = f"{row['tflops']:.0f}" if row["tflops"] else "-"
+        clock, watts = (statistics.median(row[key]) for key in ("mhz", "watts"))
+        lines.append(f"| {row['what']} | {row['ms']:.4f} | {rate} | {clock:,.0f} | {watts:.0f} |")
+    return [*lines, ""]
 
 
 def _signal_table(file: str, record: dict[str, Any]) -> list[str]:

@@ -104,6 +104,11 @@ MEASURED: dict[str, tuple[str, int, dict[str, Any]]] = {  # record, run: shape, 
     "bench-100b-offload, 100b-zero3-offload": (
         "llama-100.7b", 2, {"recompute": "none", "activation_offloading": 48},
     ),
+    "bench-100b-begun, 100b-tp2-documents": ("llama-100.7b", 2, {"recompute": "none", "parallel": TP2}),
+    "bench-slices-begun, 22b-2gpu-zero3-documents": ("slice-22.9b", 2, {"recompute": "none"}),
+    "bench-1gpu-begun, 7b-1gpu-documents": (
+        "llama-7.2b", 1, {"micro": 2, "recompute": "none", "parallel": {"zero_stage": 0}},
+    ),
     "bench-lora-full, 7b-2gpu-lora": ("llama-7.2b", 2, {"micro": 2, "recompute": "none"}),
 }  # fmt: skip
 

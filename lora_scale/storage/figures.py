@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from math import ceil
+from textwrap import wrap
 from typing import Any
 
 Points = Sequence[tuple[float, float]]
@@ -12,6 +13,7 @@ Points = Sequence[tuple[float, float]]
 MAX_POINTS = 600  # a curve: more are not to be seen in its width
 COLOURS = ("#3b6ea5", "#d1602b", "#4f9153", "#8a5fa8", "#c9a227", "#5aa7b0", "#b5485d", "#7d7d7d", "#a5754c", "#2f4858")
 WIDTH = 7.4  # inches
+LABEL = 44  # characters of a bar's name in a line
 SMALL = "the rest, each below 1%"
 
 
@@ -57,8 +59,9 @@ def stacks(title: str, y_label: str, bars: Mapping[str, Mapping[str, float]], ma
 
 def waterfall(title: str, x_label: str, steps: Sequence[tuple[str, float]]) -> str:
     """The first and the last value as whole bars, and between them what each step adds or takes away; two at least."""
-    figure, axes = _figure(0.34 * (len(steps) + 1) + 0.8)
-    names = [*(name for name, _ in steps), "all together"]
+    names = ["\n".join(wrap(name, LABEL)) for name in (*(name for name, _ in steps), "all together")]
+    lines = sum(max(1.0, 0.5 * len(name.splitlines())) for name in names)
+    figure, axes = _figure(0.34 * lines + 0.8)
     before, most = 0.0, max(value for _, value in steps)
     for position, (_, value) in enumerate(steps):
         colour = COLOURS[0] if not position else COLOURS[2] if value >= before else COLOURS[6]
@@ -68,7 +71,7 @@ def waterfall(title: str, x_label: str, steps: Sequence[tuple[str, float]]) -> s
         before = value
     axes.barh(len(steps), before, color=COLOURS[0], height=0.62)
     axes.text(before + most * 0.008, len(steps), f"{before:,.0f}", va="center", fontsize=8)
-    axes.set(xlabel=x_label, xlim=(0, most * 1.2), yticks=range(len(names)), yticklabels=names)
+    axes.set(xlabel=x_label, xlim=(0, most * 1.25), yticks=range(len(names)), yticklabels=names)
     axes.invert_yaxis()
     return _svg(figure, axes, title)
 

@@ -247,7 +247,7 @@ GATES: tuple[Gate, ...] = (
     _ratio(5, "the same, each in the best layout that fits", None, "7b-2gpu-lora-best", "7b-2gpu-full-best"),
 )
 
-WATERFALLS: dict[str, tuple[tuple[str, str], ...]] = {  # (what changed, case), from the peer's to ours
+WATERFALLS: dict[str, tuple[tuple[str, str], ...]] = {  # (what changed, case, at a commit), from the peer's to ours
     "zero3": (
         ("PEFT + DeepSpeed ZeRO-3, as documented", "100b-peft-zero3"),
         ("our ZeRO-3 through DeepSpeed, recompute: auto", "100b-zero3-deepspeed-plain"),
@@ -262,7 +262,8 @@ WATERFALLS: dict[str, tuple[tuple[str, str], ...]] = {  # (what changed, case), 
         ("recompute: auto", "100b-tp2-plain"),
         ("kernels, and layers that keep less", "100b-tp2"),
         ("tokens exchanged behind products", "100b-tp2-overlap"),
-        ("FlashAttention-3", "100b-tp2-documents"),
+        ("FlashAttention-3", "100b-tp2-documents@adecfcf"),
+        ("steps begun early, sums and gradients in fewer kernels", "100b-tp2-documents"),
     ),
     "tiny": (("PEFT + DeepSpeed ZeRO-3", "tiny-peft-zero3"), ("ours", "tiny-zero3"), ("tp=2", "tiny-tp2")),
 }

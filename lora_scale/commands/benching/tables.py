@@ -182,8 +182,10 @@ def waterfall(records: Sequence[dict[str, Any]], chart: str) -> Bars:
     if chart not in WATERFALLS:
         raise UsageError(f"--chart is {chart}; choose {', '.join(WATERFALLS)}")
     rows, measured, skipped = merged(records), Bars(), list[str]()
-    for label, name in WATERFALLS[chart]:
-        if (speed := _figure_of(rows, name, "tokens_per_second")) is None:
+    for label, place in WATERFALLS[chart]:
+        name, _, commit = place.partition("@")
+        there = _at_commit(records, commit) if commit else rows
+        if (speed := _figure_of(there, name, "tokens_per_second")) is None:
             skipped.append(label)
         else:
             measured.append((" + ".join([*skipped, label]), name, speed))
@@ -192,6 +194,12 @@ def waterfall(records: Sequence[dict[str, Any]], chart: str) -> Bars:
         wanted = ", ".join(name for _, name in WATERFALLS[chart])
         raise UsageError(f"--chart {chart}: a waterfall needs figures of at least two of {wanted}")
     return measured
+
+
+def _at_commit(records: Sequence[dict[str, Any]], commit: str) -> Rows:
+    """The rows of one commit: of code that is gone."""
+    of = [{"rows": [row for row in record["rows"] if row.get("commit", "").startswith(commit)]} for record in records]
+    return merged(of)
 
 
 def waterfall_table(bars: Bars) -> str:
