@@ -301,7 +301,8 @@ def _steps(begun: Begun, screen: Console, stop: StopRequest, pulse: Pulse, job_s
                 phases = engine.clock.memory.take()
                 held = memory.measure(job.world.device, engine.tracked, phases)  # while the device works
                 own.write({"step": done, **held})
-                if after and not begun.label and number > first and not _pauses(cfg, done):
+                alone = not begun.label  # else the layers hold other runs' factors before the next step
+                if after and alone and number > first and not _pauses(cfg, done):
                     engine.begin(after, number + 1)
                 result = finish()
                 snapshot.after(done)
