@@ -124,8 +124,9 @@ class Sum:
 def _follows(second: Tensor, first: Tensor) -> bool:
     """Whether a matrix begins in memory where the first one ends."""
     one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    dense = first.is_contiguous() and second.is_contiguous() and first.shape[1] == second.shape[1]
-    return one_memory and dense and first.data_ptr() + first.nbytes == second.data_ptr()
+    alike = first.dtype == second.dtype and first.shape[1] == second.shape[1]
+    dense = first.is_contiguous() and second.is_contiguous()
+    return one_memory and alike and dense and first.data_ptr() + first.nbytes == second.data_ptr()
 
 
 Arrival = tuple[int, int, Callable[[], Any]]  # first row, how many, and what waits for them
