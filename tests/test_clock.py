@@ -47,6 +47,26 @@ def test_what_is_between_steps_counts_but_for_rests() -> None:
 
 
 @pytest.mark.usefixtures("ticking")
+@pytest.mark.parametrize(("early", "between"), [(False, 2.0), (True, 4.0)])
+def test_an_item_is_in_the_pause_before_a_step_but_where_that_was_begun_early(early: bool, between: float) -> None:
+    """Not early: 3 seconds, of which the item took one. Early: 1 before the first phase, and 3 behind it."""
+    found = PhaseClock(CPU)
+    timed = found.timed("data", "ab")
+    next(timed)
+    with found.phase("step"):
+        pass
+    found.take()
+    if early:
+        with found.phase("forward"):
+            pass
+    next(timed)
+    with found.phase("backward"):
+        pass
+    seen = found.take()()
+    assert (seen["data"], seen["between"]) == (1.0, between)
+
+
+@pytest.mark.usefixtures("ticking")
 def test_outside_of_phases_nothing_is_kept() -> None:
     found = PhaseClock(CPU)
     with pytest.raises(KeyError), found.phase("backward"):

@@ -54,6 +54,7 @@ class PhaseClock:
         self.memory = PhaseMemory(device)
         self._spans: list[Span] = []
         self._beside: list[tuple[str, float]] = []
+        self._paused = 0.0  # of these, in the pause before the first phase
         self._before: Moment | None = None  # when the last phase of the step before ended
 
     @contextmanager
@@ -77,7 +78,10 @@ class PhaseClock:
                 item = next(iterator)
             except StopIteration:
                 return
-            self._beside.append((name, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            self._beside.append((name, seconds))
+            if not self._spans:  # else a step was begun early: its first phase is behind
+                self._paused += seconds
             yield item
 
     def now(self) -> Moment:
@@ -92,13 +96,13 @@ class PhaseClock:
         """What gives the sum of each phase since the last call, of `collectives`, which are in no phase but their own,
         and of the time `between` phases, from the end of the last step on; to be called when the device is past
         them, but not while it waits: events are thousands a step."""
-        spans, beside, before = self._spans, self._beside, self._before
-        self._spans, self._beside = [], []
+        spans, beside, before, paused = self._spans, self._beside, self._before, self._paused
+        self._spans, self._beside, self._paused = [], [], 0.0
         self._before = spans[-1].end if spans else None
-        return partial(_sums, spans, beside, before)
+        return partial(_sums, spans, beside, before, paused)
 
 
-def _sums(spans: list[Span], beside: list[tuple[str, float]], before: Moment | None) -> dict[str, float]:
+def _sums(spans: list[Span], beside: list[tuple[str, float]], before: Moment | None, paused: float) -> dict[str, float]:
     sums: dict[str, float] = {}
     for name, seconds in beside:
         sums[name] = sums.get(name, 0.0) + seconds
@@ -111,8 +115,8 @@ def _sums(spans: list[Span], beside: list[tuple[str, float]], before: Moment | N
         assert span.end is not None
         sums[span.name] = sums.get(span.name, 0.0) + seconds_between(span.start, span.end) - waits
         waited += waits
-    if began is not None:  # what is beside the phases came in the pause before the first
-        between = max(0.0, between - sum(seconds for _, seconds in beside))
+    if began is not None:
+        between = max(0.0, between - paused)
     return {**sums, COLLECTIVES: waited, BETWEEN: between}
 
 
