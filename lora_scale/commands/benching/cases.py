@@ -68,8 +68,11 @@ def _pair(model: str, *settings: str) -> Case:
     return Case(model=model, gpus=1, blocks=1, settings=_told(None, (*ZERO3, *settings)))
 
 
-def _on_slice(model: str, gpus: int, *settings: str, peer: str | None = None, note: str = "") -> Case:
-    return Case(model=model, gpus=gpus, blocks=gpus, peer=peer, settings=_told(peer, settings), note=note)
+def _on_slice(
+    model: str, gpus: int, *settings: str, micro: int = 1, peer: str | None = None, note: str = ""
+) -> Case:
+    settings, note = _told(peer, settings), note or (f"{micro} blocks a pass" if micro > 1 else "")
+    return Case(model=model, gpus=gpus, micro=micro, blocks=micro * gpus, peer=peer, settings=settings, note=note)
 
 
 def _on_100b(*settings: str, peer: str | None = None, note: str = "") -> Case:
@@ -106,10 +109,12 @@ CASES: dict[str, Case] = {
     "7b-2gpu-full-best": _on_7b(2, "parallel.zero_stage=2", NONE, FULL, note="the best layout that fits: ZeRO-2"),
     # points 2 and 3: what sharding costs, and the roof
     "22b-1gpu": _on_slice("slice-22.9b", 1, *WHOLE, NONE),
-    "22b-1gpu-2": Case(
-        model="slice-22.9b", gpus=1, micro=2, blocks=2, settings=(*WHOLE, NONE, SDPA), note="2 blocks a pass"
-    ),
+    "22b-1gpu-2": _on_slice("slice-22.9b", 1, *WHOLE, NONE, micro=2),
     "22b-1gpu-documents": _on_slice("slice-22.9b", 1, *WHOLE, NONE, DOCUMENTS, note=FLASH),
+    "22b-1gpu-documents-2": _on_slice("slice-22.9b", 1, *WHOLE, NONE, DOCUMENTS, micro=2),
+    "22b-1gpu-documents-4": _on_slice("slice-22.9b", 1, *WHOLE, NONE, DOCUMENTS, micro=4),
+    "22b-1gpu-peft-liger": _on_slice("slice-22.9b", 1, "--ckpt=0", "--liger=1", peer="peft_single"),
+    "22b-1gpu-peft-liger-2": _on_slice("slice-22.9b", 1, "--ckpt=0", "--liger=1", micro=2, peer="peft_single"),
     "22b-1gpu-all": _on_slice("slice-22.9b", 1, *WHOLE, ALL),
     "22b-2gpu-zero3": _on_slice("slice-22.9b", 2, *ZERO3, NONE),
     "22b-2gpu-zero3-documents": _on_slice("slice-22.9b", 2, *ZERO3, NONE, DOCUMENTS, note=FLASH),
