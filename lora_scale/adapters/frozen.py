@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_scale.adapters import marks
+from lora_scale.adapters import marks, products
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -27,7 +27,7 @@ class FrozenMatmul(torch.autograd.Function):
             wait()
             here = slice(first, first + rows)
             if bias is None:
-                torch.mm(flat[here], matrix, out=y[here])
+                products.mm(flat[here], matrix, y[here])
             else:
                 torch.addmm(bias, flat[here], matrix, out=y[here])
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to
@@ -39,14 +39,15 @@ class FrozenMatmul(torch.autograd.Function):
         if ctx.sum is not None:
             ctx.sum.add(dy.reshape(-1, dy.shape[-1]), weight)
             return None, None, None, None
-        return dy.matmul(weight), None, None, None
+        dx = products.mm(dy.reshape(-1, dy.shape[-1]), weight)
+        return dx.view(*dy.shape[:-1], dx.shape[1]), None, None, None
 
 
 class FrozenLinear(nn.Linear):
     """nn.Linear with a frozen weight and bias."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not input.requires_grad:
+        if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         return FrozenMatmul.apply(input, self.weight, self.bias, False)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_scale.adapters import marks
+from lora_scale.adapters import marks, products
 
 SILU = ("SiLU", "SiLUActivation")
 OFFSETS = {  # what a family's norms add to their weight; families that are not named stay as transformers has them
@@ -70,6 +70,7 @@ class _RMSNormOfSum(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, other: Tensor | None, weight: nn.Parameter, eps: float, offset: float
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.weight, ctx.offset, ctx.is_sum = weight, offset, other is not None
         if other is None:
             y, rstd = _normed(x, weight, eps, offset)
@@ -85,8 +86,11 @@ class _RMSNormOfSum(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy, dtotal), (total, rstd), weight = grads, ctx.saved_tensors, ctx.weight
+        if dy is None:  # who reads the norm wants no gradient of it
+            return dtotal, dtotal if ctx.is_sum else None, None, None, None
+        assert dtotal is not None  # what comes after the norm is added to the sum
         trains = ctx.needs_input_grad[2]
         if kernels := _kernels(dy):
             more = (ctx.offset, _mode(ctx.offset), *_settings(dy.shape[-1]), 2, marks.owns_gradient(ctx), trains)
@@ -233,8 +237,10 @@ def dropped(x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
 def make_lean(model: nn.Module) -> int:
     """Turn the norms and SwiGLU products of a known family into their lean forms, in place; how many there were.
 
-    Names and parameters stay. On GPUs with Liger the family's rotation is Liger's from then on, in this process.
+    Names and parameters stay. On GPUs large products are those of `products`, and with Liger the family's rotation is
+    Liger's, from then on, in this process.
     """
+    products.choose_kernels()
     model_type = str(model.config.model_type)  # type: ignore[union-attr]
     if model_type not in OFFSETS:
         return 0

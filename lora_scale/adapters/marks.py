@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_scale.adapters import products
+
 NARROW = 64  # columns of a product that costs its sum's traffic, not its arithmetic
 FEW = 4  # a matrix with so many times fewer rows than columns waits for the one that it lies beside
 
@@ -110,9 +112,9 @@ class Sum:
     def add_product(self, dy: Tensor, weight: Tensor, is_last: bool) -> None:
         """At once. `is_last`: there will be no other."""
         if self.total is None:
-            self.total = dy @ weight
+            self.total = products.mm(dy, weight)
         else:
-            self.total.addmm_(dy, weight)
+            products.add_mm(self.total, dy, weight)
 
     def take(self) -> Tensor | None:
         self.add_held()

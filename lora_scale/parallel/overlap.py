@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_scale.adapters import marks
+from lora_scale.adapters import marks, products
 from lora_scale.adapters.frozen import FrozenLinear
 from lora_scale.adapters.lora import LoRALinear
 from lora_scale.parallel import collectives
@@ -71,9 +71,9 @@ class _Sent(marks.Sum):
         for index, (rank, room) in enumerate(self._summing.rooms):
             piece = dy[rank * tokens : (rank + 1) * tokens]
             if is_first:
-                torch.mm(piece, weight, out=room)
+                products.mm(piece, weight, room)
             else:
-                room.addmm_(piece, weight)
+                products.add_mm(room, piece, weight)
             if is_last:
                 self._summing.send(index)
         self._sent = is_last
@@ -123,7 +123,7 @@ class _ProductScattered(torch.autograd.Function):
         for index, (rank, room) in enumerate(summing.rooms):
             piece = x[0, rank * tokens : (rank + 1) * tokens]
             if bias is None:
-                torch.mm(piece, matrix, out=room)
+                products.mm(piece, matrix, room)
             else:
                 torch.addmm(bias, piece, matrix, out=room)
             summing.send(index)
@@ -136,7 +136,7 @@ class _ProductScattered(torch.autograd.Function):
         dx = whole.new_empty(len(whole), weight.shape[1])
         for first, rows, wait in arrivals:
             wait()
-            torch.mm(whole[first : first + rows], weight, out=dx[first : first + rows])
+            products.mm(whole[first : first + rows], weight, dx[first : first + rows])
         return dx.view(1, *dx.shape), None, None, None
 
 

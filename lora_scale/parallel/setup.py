@@ -19,6 +19,7 @@ from lora_scale.adapters.lora import adapt, adapted_layers
 from lora_scale.adapters.marks import share_inputs
 from lora_scale.adapters.targets import fused_notes
 from lora_scale.parallel import (
+    entrance,
     flat,
     load,
     masters,
@@ -199,9 +200,8 @@ def start_engine(
     if cfg.kernels == "auto":
         share_inputs(model)
     recompute.apply(model, cfg.recompute)
-    if cfg.method != "full":  # a layer that DeepSpeed gathers as one needs an input with a gradient
-        model.enable_input_require_grads()  # type: ignore[operator]
     layers = recompute.decoder_layers(model)
+    entrance.open_inputs(model, cfg, layers)
     offload.apply(layers, cfg, world.device)
     config = ds_config(
         cfg,
