@@ -1,9 +1,9 @@
 """Products of large bf16 matrices on Hopper GPUs, by a kernel of cuBLASLt's that is not its own first choice.
 
-Large products, one after another, keep such a GPU at its power limit: the kernel that needs the least energy is then the
-fastest. cuBLAS ranks its kernels as if each ran alone. Those with tiles of 256 x 128, which it proposes too, are 0.4 to
-2.4% faster than its first choice in the long run (docs/speed.md, records of kind `products`). Everywhere else, and for
-small products, this is torch's own.
+Large products, one after another, keep such a GPU at its power limit: the kernel that needs the least energy is then
+the fastest. cuBLAS ranks its kernels as if each ran alone. Those with tiles of 256 x 128, which it proposes too, are
+faster than its first choice in the long run (docs/speed.md), and give the same bits. Everywhere else, and for small
+products, this is torch's own.
 """
 
 import ctypes
@@ -176,5 +176,6 @@ def _proposals(
 def _tile(library: Any, proposal: _Proposal) -> int:
     value, written = ctypes.c_uint32(), ctypes.c_size_t()
     room = ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)), ctypes.byref(written)
-    _check(library.cublasLtMatmulAlgoConfigGetAttribute(ctypes.byref(proposal.algorithm), ctypes.c_int(_TILE_ID), *room))
+    what = ctypes.byref(proposal.algorithm), ctypes.c_int(_TILE_ID)
+    _check(library.cublasLtMatmulAlgoConfigGetAttribute(*what, *room))
     return value.value

@@ -14,8 +14,8 @@ READERS = {"q_proj", "k_proj", "v_proj"}
 
 
 def open_inputs(model: nn.Module, cfg: RunConfig, layers: Sequence[nn.Module]) -> None:
-    """Let the first layer's input have a gradient where the base is frozen: a layer that is gathered as one needs it. What
-    reaches it through attention is left out where nothing trains before."""
+    """Let the first layer's input have a gradient where the base is frozen: a layer that is gathered as one needs it.
+    What reaches it through attention is left out where nothing trains before."""
     if cfg.method == "full":
         return
     model.enable_input_require_grads()  # type: ignore[operator]
