@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.adapters.dropout import DropoutContext
-from lora_scale.parallel import classes, documents, gradients, masters, memory, tensor_parallel, vocabulary, zero3
+from lora_scale.parallel import (
+    classes,
+    documents,
+    gradients,
+    losses,
+    masters,
+    memory,
+    tensor_parallel,
+    vocabulary,
+    zero3,
+)
 from lora_scale.parallel.clock import Moment, PhaseClock, exposed, wait
 from lora_scale.parallel.deepspeed_config import clips_itself, optimizer_for
 from lora_scale.parallel.grid import Grid, Mpu
@@ -71,6 +81,7 @@ class Engine:
                 dist_init_required=False,
                 mpu=Mpu(grid) if grid.tp_size > 1 else None,
             )
+        self._head = losses.let_head_tell_loss(model, cfg, grid)
         self._vocabulary = Part(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._parts = self.parts() if clips_itself(cfg) else []
@@ -186,7 +197,12 @@ class Engine:
         if kept is not None and self._can_leave_out:
             kept_here = _to(kept, self.world.device)
             options, labels = {"logits_to_keep": kept_here}, labels[:, kept_here]
-        logits = self.ds(input_ids=ids, position_ids=places, use_cache=False, **options).logits.flatten(0, 1)
+        if self._head is not None:
+            self._head.labels = labels.flatten()
+        logits = self.ds(input_ids=ids, position_ids=places, use_cache=False, **options).logits
+        if self._head is not None:
+            return logits  # the loss
+        logits = logits.flatten(0, 1)
         if self.grid.tp_size > 1:
             first, _ = self._vocabulary.span(self.grid.tp_rank, self.grid.tp_size)
             return vocabulary.cross_entropy(logits, labels.flatten(), first, self.grid.tp_group)

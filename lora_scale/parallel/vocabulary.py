@@ -26,9 +26,7 @@ class _CutCrossEntropy(torch.autograd.Function):
         largest = wide.amax(-1)
         with exposed(logits.device):
             dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        own = labels - first
-        here = (own >= 0) & (own < logits.shape[-1])
-        own = own.masked_fill(~here, 0)
+        own, here = own_words(labels, first, logits.shape[-1])
         wide = wide - largest[:, None]
         sums = torch.stack([wide.exp().sum(-1), wide.gather(-1, own[:, None])[:, 0].masked_fill(~here, 0.0)])
         with exposed(logits.device):
@@ -45,6 +43,13 @@ class _CutCrossEntropy(torch.autograd.Function):
         gradient.mul_(counted[:, None])
         gradient.scatter_add_(-1, own[:, None], -here[:, None].to(gradient.dtype))
         return gradient.mul_(grads[0]).to(logits.dtype), None, None, None
+
+
+def own_words(labels: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
+    """Labels counted from `first` on, 0 for those that are not among so many words; and which are."""
+    own = labels - first
+    here = (own >= 0) & (own < words)
+    return own.masked_fill(~here, 0), here
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, first: int, group: Any) -> Tensor:

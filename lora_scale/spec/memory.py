@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import ceil, prod
 
-from lora_scale.spec import activations
+from lora_scale.spec import activations, output
 from lora_scale.spec.activations import Layer
 from lora_scale.spec.architecture import Architecture
 from lora_scale.spec.config import RunConfig
@@ -206,9 +206,15 @@ def last_norm_input(model: Architecture, cfg: RunConfig) -> int:
 
 
 def logits(model: Architecture, cfg: RunConfig, work: Work, tp: int = 1) -> int:
-    """12 bytes for each position with a target and word: at the start of backward there are the log-softmax, the
-    gradient of it and of the logits, all fp32 (torch's cross_entropy). Tensor parallelism splits the vocabulary."""
-    return ceil(_tokens(cfg) * work.target_share) * ceil(model.vocabulary / tp) * 3 * FP32
+    """In chunks (`spec.output`): the output layer's input and the gradient of it, and one chunk's logits and
+    probabilities. Else 12 bytes for each position with a target and word: at the start of backward there are the
+    log-softmax, the gradient of it and of the logits, all fp32 (torch's cross_entropy). Tensor parallelism splits the
+    vocabulary."""
+    counted, words, width = ceil(_tokens(cfg) * work.target_share), ceil(model.vocabulary / tp), ITEMSIZE[cfg.precision]
+    if not output.in_chunks(model.model_type, cfg):
+        return counted * words * 3 * FP32
+    read = counted if counted == _tokens(cfg) else counted + _tokens(cfg)  # positions that count are copied out
+    return (read + counted) * model.hidden * width + output.chunk(counted, words, width) * words * (width + FP32)
 
 
 def gathered(cfg: RunConfig, layers: Sequence[Layer], frozen: Sequence[Sequence[Shape]], grid: Grid) -> int:

@@ -68,9 +68,7 @@ def _pair(model: str, *settings: str) -> Case:
     return Case(model=model, gpus=1, blocks=1, settings=_told(None, (*ZERO3, *settings)))
 
 
-def _on_slice(
-    model: str, gpus: int, *settings: str, micro: int = 1, peer: str | None = None, note: str = ""
-) -> Case:
+def _on_slice(model: str, gpus: int, *settings: str, micro: int = 1, peer: str | None = None, note: str = "") -> Case:
     settings, note = _told(peer, settings), note or (f"{micro} blocks a pass" if micro > 1 else "")
     return Case(model=model, gpus=gpus, micro=micro, blocks=micro * gpus, peer=peer, settings=settings, note=note)
 

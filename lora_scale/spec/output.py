@@ -1,0 +1,37 @@
+"""The loss of a frozen output layer, a few tokens at a time: for which runs, and how many. No torch."""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+from lora_scale.spec.config import RunConfig
+from lora_scale.spec.cost import FP32
+
+OUTPUT_LAYER = "lm_head"
+FAMILIES = (  # what their output layer gives are the logits: nothing is done to them behind it
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+    "gemma3_text",
+)
+LARGEST = 512 << 20  # bytes of logits and what is computed from them
+EVEN = 128  # tokens: a chunk is a multiple of that, for the sake of the products' tiles
+
+
+def in_chunks(model_type: str, cfg: RunConfig, model_config: Mapping[str, Any] | None = None) -> bool:
+    """Whether the loss is computed with its gradient, chunk by chunk, as the output layer's weight stays the same."""
+    is_frozen = cfg.method == "lora" and OUTPUT_LAYER not in cfg.lora.modules_to_save
+    caps = (model_config or {}).get("final_logit_softcapping")
+    return cfg.kernels == "auto" and is_frozen and model_type in FAMILIES and caps is None
+
+
+def chunk(tokens: int, words: int, width: int) -> int:
+    """Tokens of a chunk, for so many words of this rank's vocabulary and so many bytes an element: logits as they come
+    and their probabilities in fp32."""
+    most = max(1, LARGEST // (words * (width + FP32)) // EVEN) * EVEN
+    share = ceil(tokens / ceil(tokens / most))
+    return min(tokens, ceil(share / EVEN) * EVEN)
