@@ -101,7 +101,7 @@ def _chunk(
 
 def _whole(logits: Tensor, labels: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
     """Each row's loss, in fp32, and what gives the gradient of their sum for the logits, in fp32."""
-    logs = torch.log_softmax(logits, -1, dtype=torch.float32)
+    logs = torch.log_softmax(logits.float(), -1)
     own = labels.clamp(min=0)[:, None]
 
     def gradient() -> Tensor:

@@ -214,7 +214,8 @@ def logits(model: Architecture, cfg: RunConfig, work: Work, tp: int = 1) -> int:
     if not output.in_chunks(model.model_type, cfg):
         return counted * words * 3 * FP32
     read = counted if counted == _tokens(cfg) else counted + _tokens(cfg)  # positions that count are copied out
-    return (read + counted) * model.hidden * width + output.chunk(counted, words, width) * words * (width + FP32)
+    chunk = output.chunk(counted, words, width) * words * output.bytes_of_a_word(width, tp > 1)
+    return (read + counted) * model.hidden * width + chunk
 
 
 def gathered(cfg: RunConfig, layers: Sequence[Layer], frozen: Sequence[Sequence[Shape]], grid: Grid) -> int:

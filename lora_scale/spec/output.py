@@ -18,7 +18,7 @@ FAMILIES = (  # what their output layer gives are the logits: nothing is done to
     "qwen3_moe",
     "gemma3_text",
 )
-LARGEST = 512 << 20  # bytes of logits and what is computed from them
+LARGEST = 640 << 20  # bytes of logits and what is computed from them: 2,048 tokens of 32,000 words in bf16
 EVEN = 128  # tokens: a chunk is a multiple of that, for the sake of the products' tiles
 
 
@@ -30,8 +30,13 @@ def in_chunks(model_type: str, cfg: RunConfig, model_config: Mapping[str, Any] |
 
 
 def chunk(tokens: int, words: int, width: int) -> int:
-    """Tokens of a chunk, for so many words of this rank's vocabulary and so many bytes an element: logits as they come
-    and their probabilities in fp32."""
-    most = max(1, LARGEST // (words * (width + FP32)) // EVEN) * EVEN
+    """Tokens of a chunk, for so many words of this rank's vocabulary and so many bytes an element."""
+    most = max(1, LARGEST // (words * bytes_of_a_word(width)) // EVEN) * EVEN
     share = ceil(tokens / ceil(tokens / most))
     return min(tokens, ceil(share / EVEN) * EVEN)
+
+
+def bytes_of_a_word(width: int, is_cut: bool = False) -> int:
+    """Of a token in its chunk: the logit as it comes, and its logarithm in fp32, beside the logit in fp32 where it is
+    not. Of a cut vocabulary the two in fp32 are one."""
+    return width + FP32 + (FP32 if width < FP32 and not is_cut else 0)
