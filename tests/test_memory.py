@@ -70,7 +70,7 @@ def test_moments_by_hand() -> None:
     nothing = memory.memory(LLAMA, run_config(recompute="none", **cfg), Grid(1), Work(masked=False)).moments
     assert list(nothing) == ["loss", "backward", "step"]
     assert nothing["loss"].layers_kept == 32 * tokens * one_layer
-    assert nothing["loss"].logits == tokens * 32000 * 12 and nothing["loss"].gathered == 0
+    assert nothing["loss"].logits == tokens * (2 * 2 * 4096 + 32000 * 10) and nothing["loss"].gathered == 0
     assert nothing["loss"].outside == tokens * (2 * 4096 + 4)  # the last norm; the embedding is the first one's input
     everything = memory.memory(LLAMA, run_config(2, recompute="all", **cfg), Grid(2), Work(masked=False)).moments
     assert list(everything) == ["loss", "recompute", "step"]
@@ -91,8 +91,13 @@ def test_the_last_layers_recompute_frees_what_later_ones_kept() -> None:
 def test_targets_and_masks() -> None:
     """Logits are there where targets are; a mask is kept by every layer, seq_len elements a token."""
     cfg = run_config(seq_len=512, recompute="none")
-    whole, tenth = (memory.logits(LLAMA, cfg, Work(masked=False, target_share=share)) for share in (1.0, 0.125))
-    assert tenth * 8 == whole
+    whole, part = (memory.logits(LLAMA, cfg, Work(masked=False, target_share=share)) for share in (1.0, 0.125))
+    assert whole == 512 * (2 * 2 * 4096 + 32000 * 10)
+    assert part == 64 * (2 * 2 * 4096 + 32000 * 10) + 512 * 2 * 4096  # beside what they are taken from
+    cfg = run_config(seq_len=512, recompute="none", kernels="none")
+    whole, part = (memory.logits(LLAMA, cfg, Work(masked=False, target_share=share)) for share in (1.0, 0.125))
+    assert whole == part * 8 == 512 * 32000 * 12
+    cfg = run_config(seq_len=512, recompute="none")
     plain, masked = (
         memory.memory(LLAMA, cfg, Grid(1), Work(masked=m)).moments["loss"].layers_kept for m in (False, True)
     )
@@ -119,7 +124,9 @@ def test_tensor_parallelism_takes_what_it_splits() -> None:
     one, two = (memory.memory(LLAMA, cfg, grid, Work(masked=False)) for grid in (Grid(1), Grid(2, tp=2)))
     before, after = one.moments["loss"], two.moments["loss"]
     assert after.base == pytest.approx(before.base / 2, rel=1e-3) and after.gathered == 0
-    assert after.logits * 2 == before.logits and after.outside == before.outside
+    assert after.outside == before.outside
+    assert before.logits == 4096 * 2 * 2 * 4096 + 2048 * 32000 * 10  # in two chunks
+    assert after.logits == 4096 * 2 * 2 * 4096 + 4096 * 16000 * 6
     assert before.layers_kept / 2 < after.layers_kept < before.layers_kept * 0.7
     assert two.nccl > 0 == one.nccl
 

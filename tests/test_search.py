@@ -138,7 +138,7 @@ def test_the_fastest_by_hand_is_the_fastest_by_search() -> None:
     """And its prediction is within 10% of what the best layout found by hand was measured at."""
     asked = job("llama-100.7b", ranks=2, batch=2)
     best, second, *others = search.layouts(asked.model, asked.cfg, 2, 2, H200, asked.work)
-    assert best.cfg.parallel.zero_stage == 3 and best.cfg.activation_offloading == 46
+    assert best.cfg.parallel.zero_stage == 3 and best.cfg.activation_offloading == 45
     assert second.changes[:2] == ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
     assert best.cfg.recompute == second.cfg.recompute == "none"
     for layout, run in ((best, "100b-zero3-offload"), (second, "100b-tp2-documents")):

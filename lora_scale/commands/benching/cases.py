@@ -10,6 +10,7 @@ MODELS: dict[str, tuple[str, int | None]] = {  # preset of scripts/make_checkpoi
     "tiny": ("tiny", None),
     "llama-1b": ("1b", None),
     "llama-7.2b": ("8b", None),
+    "llama-3.1-8b": ("8b-128k", None),
     "slice-22.9b": ("100b", 20),
     "slice-34.0b": ("100b", 30),
     "llama-100.7b": ("100b", None),
@@ -63,6 +64,11 @@ def _on_7b(gpus: int, *settings: str, peer: str | None = None, note: str = "") -
     )
 
 
+def _on_8b(*settings: str, peer: str | None = None, note: str = "") -> Case:
+    """A vocabulary of 128,256 words, as today's models have: what logits cost."""
+    return Case(model="llama-3.1-8b", gpus=1, micro=2, blocks=2, peer=peer, settings=_told(peer, settings), note=note)
+
+
 def _pair(model: str, *settings: str) -> Case:
     """One block on one GPU through ZeRO-3's engine, which full fine-tuning needs for its masters."""
     return Case(model=model, gpus=1, blocks=1, settings=_told(None, (*ZERO3, *settings)))
@@ -90,6 +96,11 @@ CASES: dict[str, Case] = {
     "7b-1gpu-peft-liger-compile-layers": _on_7b(
         1, "--ckpt=0", "--liger=1", "--compile=layers", peer="peft_single", note="torch.compile layer by layer"
     ),
+    "8b-1gpu-documents": _on_8b(*WHOLE, NONE, DOCUMENTS, note="the loss a chunk of tokens at a time"),
+    "8b-1gpu-all": _on_8b(*WHOLE, ALL, DOCUMENTS),
+    "8b-1gpu-peft-all": _on_8b(DOCUMENTED, peer="peft_single", note="as documented"),
+    "8b-1gpu-peft-liger-all": _on_8b(DOCUMENTED, "--liger=1", peer="peft_single"),
+    "8b-1gpu-peft-liger": _on_8b("--ckpt=0", "--liger=1", peer="peft_single"),
     # point 5: LoRA and full fine-tuning, the same job
     "1b-1gpu-lora": _pair("llama-1b", NONE),
     "1b-1gpu-full": _pair("llama-1b", NONE, FULL),
