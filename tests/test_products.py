@@ -12,6 +12,9 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
+SHAPES = [(4096, 14336, 4096), (2048, 8192, 8192), (4096, 1024, 10240), (4000, 4104, 4096)]
+
+
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(products, "_is_on", False)
