@@ -144,20 +144,23 @@ def config(**changes: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "model_config", "is_so"),
+    ("model_type", "is_tied", "changes", "softcap", "is_so"),
     [
-        ("llama", {}, {}, True),
-        ("llama", {"kernels": "none"}, {}, False),
-        ("llama", {"method": "full"}, {}, False),
-        ("llama", {"lora": {"modules_to_save": ["lm_head"]}}, {}, False),
-        ("llama", {"lora": {"modules_to_save": ["embed_tokens"]}}, {}, True),
-        ("gemma3_text", {}, {"final_logit_softcapping": None}, True),
-        ("gemma3_text", {}, {"final_logit_softcapping": 30.0}, False),
-        ("gpt2", {}, {}, False),
+        ("llama", False, {}, None, True),
+        ("llama", True, {}, None, True),
+        ("llama", False, {"kernels": "none"}, None, False),
+        ("llama", False, {"method": "full"}, None, False),
+        ("llama", False, {"lora": {"modules_to_save": ["lm_head"]}}, None, False),
+        ("llama", False, {"lora": {"modules_to_save": ["embed_tokens"]}}, None, True),
+        ("llama", False, {"lora": {"trainable_token_indices": [3]}}, None, True),
+        ("llama", True, {"lora": {"trainable_token_indices": [3]}}, None, False),
+        ("gemma3_text", True, {}, None, True),
+        ("gemma3_text", True, {}, 30.0, False),
+        ("gpt2", True, {}, None, False),
     ],
 )
-def test_where(model_type: str, changes: dict[str, Any], model_config: dict[str, Any], is_so: bool) -> None:
-    assert output.in_chunks(model_type, config(**changes), model_config) is is_so
+def test_where(model_type: str, is_tied: bool, changes: dict[str, Any], softcap: float | None, is_so: bool) -> None:
+    assert output.in_chunks(model_type, is_tied, config(**changes), softcap) is is_so
 
 
 @pytest.mark.ranks

@@ -46,10 +46,11 @@ def let_head_tell_loss(model: nn.Module, cfg: RunConfig, grid: Grid) -> LossHead
     """Turn the model's output layer into its other form, in place, and give it; None where it trains or is not the
     last there is."""
     config: Any = model.config
-    if not output.in_chunks(config.model_type, cfg, config.to_dict()):
+    is_tied = bool(config.get_text_config().tie_word_embeddings)
+    if not output.in_chunks(config.model_type, is_tied, cfg, getattr(config, "final_logit_softcapping", None)):
         return None
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not FrozenLinear:
+    if type(head) not in (FrozenLinear, LossHead):  # it is told labels already where several runs share a base
         return None
     head.__class__ = LossHead
     assert isinstance(head, LossHead)

@@ -211,7 +211,7 @@ def logits(model: Architecture, cfg: RunConfig, work: Work, tp: int = 1) -> int:
     log-softmax, the gradient of it and of the logits, all fp32 (torch's cross_entropy). Tensor parallelism splits the
     vocabulary."""
     counted, words, width = ceil(_tokens(cfg) * work.target_share), ceil(model.vocabulary / tp), ITEMSIZE[cfg.precision]
-    if not output.in_chunks(model.model_type, cfg):
+    if not output.in_chunks(model.model_type, model.tied, cfg):
         return counted * words * 3 * FP32
     read = counted if counted == _tokens(cfg) else counted + _tokens(cfg)  # positions that count are copied out
     chunk = output.chunk(counted, words, width) * words * output.bytes_of_a_word(width, tp > 1)

@@ -1,8 +1,6 @@
 """The loss of a frozen output layer, a few tokens at a time: for which runs, and how many. No torch."""
 
-from collections.abc import Mapping
 from math import ceil
-from typing import Any
 
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.cost import FP32
@@ -22,11 +20,12 @@ LARGEST = 640 << 20  # bytes of logits and what is computed from them: 2,048 tok
 EVEN = 128  # tokens: a chunk is a multiple of that, for the sake of the products' tiles
 
 
-def in_chunks(model_type: str, cfg: RunConfig, model_config: Mapping[str, Any] | None = None) -> bool:
+def in_chunks(model_type: str, is_tied: bool, cfg: RunConfig, softcap: float | None = None) -> bool:
     """Whether the loss is computed with its gradient, chunk by chunk, as the output layer's weight stays the same."""
-    is_frozen = cfg.method == "lora" and OUTPUT_LAYER not in cfg.lora.modules_to_save
-    caps = (model_config or {}).get("final_logit_softcapping")
-    return cfg.kernels == "auto" and is_frozen and model_type in FAMILIES and caps is None
+    if cfg.kernels != "auto" or cfg.method != "lora" or model_type not in FAMILIES or softcap is not None:
+        return False
+    trains = OUTPUT_LAYER in cfg.lora.modules_to_save or (is_tied and cfg.lora.trainable_token_indices)
+    return not trains
 
 
 def chunk(tokens: int, words: int, width: int) -> int:
