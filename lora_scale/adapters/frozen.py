@@ -15,13 +15,24 @@ from lora_scale.adapters import marks, products
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """y = x W^T + b for W (out, in), or x W + b for a Conv1D's W (in, out); gradient for x only."""
+    """y = x W^T + b for W (out, in), or x W + b for a Conv1D's W (in, out); plus `added`, of y's shape. Gradients for x
+    and `added` only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        transposed: bool,
+        added: Tensor | None,
+    ) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed  # the Parameter itself, not its gathered tensor
-        ctx.sum = marks.sum_of(x)
+        ctx.sum, ctx.adds = marks.sum_of(x), added is not None
         flat, matrix = x.reshape(-1, x.shape[-1]), weight if transposed else weight.t()
+        if added is not None:  # of a layer without a bias, whose input is there
+            y = products.sum_mm(added.reshape(len(flat), -1), flat, matrix)
+            return torch.ops.aten._unsafe_view(y, added.shape)
         y = flat.new_empty(len(flat), matrix.shape[1])
         for first, rows, wait in marks.arriving(x) or [(0, len(flat), lambda: None)]:
             wait()
@@ -33,23 +44,26 @@ class FrozenMatmul(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # a view could not be added to
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
         weight = ctx.weight.data.t() if ctx.transposed else ctx.weight.data
         dy = grads[0]
         if ctx.sum is not None:
             ctx.sum.add(dy.reshape(-1, dy.shape[-1]), weight)
-            return None, None, None, None
+            return None, None, None, None, dy if ctx.adds else None
         dx = products.mm(dy.reshape(-1, dy.shape[-1]), weight)
-        return dx.view(*dy.shape[:-1], dx.shape[1]), None, None, None
+        return dx.view(*dy.shape[:-1], dx.shape[1]), None, None, None, dy if ctx.adds else None
 
 
 class FrozenLinear(nn.Linear):
     """nn.Linear with a frozen weight and bias."""
 
+    added: Tensor | None = None  # to what it gives next
+
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        added, self.added = self.added, None
+        if not torch.is_grad_enabled() and added is None:
             return F.linear(input, self.weight, self.bias)
-        return FrozenMatmul.apply(input, self.weight, self.bias, False)
+        return FrozenMatmul.apply(input, self.weight, self.bias, False, added)
 
 
 class FrozenConv1D(nn.Module):
@@ -59,7 +73,7 @@ class FrozenConv1D(nn.Module):
     bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        return FrozenMatmul.apply(x, self.weight, self.bias, True)
+        return FrozenMatmul.apply(x, self.weight, self.bias, True, None)
 
 
 def freeze_linears(model: nn.Module) -> int:

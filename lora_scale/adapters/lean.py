@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_scale.adapters import marks, products
+from lora_scale.adapters.frozen import FrozenLinear
 
 SILU = ("SiLU", "SiLUActivation")
 OFFSETS = {  # what a family's norms add to their weight; families that are not named stay as transformers has them
@@ -157,18 +158,26 @@ class LeanRMSNorm(nn.Module):
 
 
 class LeanLayer(nn.Module):
-    """A decoder layer whose sums are made, and their gradients added, by the norms that read them."""
+    """A decoder layer whose sums are made, and their gradients added, by the norms that read them; or made by the
+    products before, whose layers are told what to add."""
 
     input_layernorm: LeanRMSNorm
     self_attn: nn.Module
     post_attention_layernorm: LeanRMSNorm
     mlp: nn.Module
+    adders: tuple[FrozenLinear, FrozenLinear] | None = None  # the last layers of attention and of the MLP
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
         y, x = self.input_layernorm(hidden_states, with_sum=True)
-        y, *_ = self.self_attn(hidden_states=y, **options)
-        y, x = self.post_attention_layernorm(y, x, with_sum=True)
-        return x + self.mlp(y)
+        if self.adders is None:
+            y, *_ = self.self_attn(hidden_states=y, **options)
+            y, x = self.post_attention_layernorm(y, x, with_sum=True)
+            return x + self.mlp(y)
+        self.adders[0].added = x
+        x, *_ = self.self_attn(hidden_states=y, **options)
+        y, x = self.post_attention_layernorm(x, with_sum=True)
+        self.adders[1].added = x
+        return self.mlp(y)
 
 
 @cache

@@ -36,29 +36,35 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`a` (m, k) times `b` (k, n), into `out` (m, n) if there is one."""
     if out is None:
         out = a.new_empty(len(a), b.shape[1])
-    return out if _multiply(a, b, out, adds=False) else torch.mm(a, b, out=out)
+    return out if _multiply(a, b, None, out) else torch.mm(a, b, out=out)
 
 
 def add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
     """`out` (m, n) += `a` (m, k) times `b` (k, n), summed in fp32 and rounded once."""
-    if not _multiply(a, b, out, adds=True):
+    if not _multiply(a, b, out, out):
         out.addmm_(a, b)
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, *, adds: bool) -> bool:
-    """Whether it was done: here are all of the terms on which it is."""
-    if not _is_on or not a.is_cuda or not a.dtype == b.dtype == out.dtype == torch.bfloat16:
+def sum_mm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`c` (m, n) + `a` (m, k) times `b` (k, n), summed in fp32 and rounded once."""
+    out = torch.empty_like(c)
+    return out if _multiply(a, b, c, out) else torch.addmm(c, a, b, out=out)
+
+
+def _multiply(a: Tensor, b: Tensor, c: Tensor | None, out: Tensor) -> bool:
+    """`out` = `a` `b`, plus `c` if there is one. Whether it was done: here are all of the terms on which it is."""
+    adds, c = c is not None, out if c is None else c
+    if not _is_on or not a.is_cuda or not a.dtype == b.dtype == c.dtype == out.dtype == torch.bfloat16:
         return False
     (m, k), n = a.shape, b.shape[1]
     if 2 * m * n * k < LEAST:
         return False
     is_transposed = b.stride(0) == 1
-    if not (a.is_contiguous() and out.is_contiguous() and (b.t() if is_transposed else b).is_contiguous()):
-        return False
-    if any(t.data_ptr() % ALIGNED for t in (a, b, out)):
+    matrices = a, b.t() if is_transposed else b, c, out
+    if any(not t.is_contiguous() or t.data_ptr() % ALIGNED for t in matrices):
         return False
     kernel = _kernel(m, n, k, is_transposed, a.device.index)
-    return kernel is not None and kernel.run(a, b, out, 1.0 if adds else 0.0)
+    return kernel is not None and kernel.run(a, b, c, out, 1.0 if adds else 0.0)
 
 
 class _Algorithm(ctypes.Structure):
@@ -87,7 +93,8 @@ class _Kernel:
     proposal: _Proposal
     one: ctypes.c_float = field(default_factory=lambda: ctypes.c_float(1.0))
 
-    def run(self, a: Tensor, b: Tensor, out: Tensor, beta: float) -> bool:
+    def run(self, a: Tensor, b: Tensor, c: Tensor, out: Tensor, beta: float) -> bool:
+        """`out` = `a` `b` + beta `c`. Whether cuBLASLt took it."""
         of_b, of_a, of_out = self.layouts
         nbytes = self.proposal.workspace
         room = torch.empty(nbytes, dtype=torch.uint8, device=a.device) if nbytes else None
@@ -100,7 +107,10 @@ class _Kernel:
             ctypes.c_void_p(a.data_ptr()),
             of_a,
             ctypes.byref(ctypes.c_float(beta)),
-            *(ctypes.c_void_p(out.data_ptr()), of_out) * 2,  # what is added to, and the result
+            ctypes.c_void_p(c.data_ptr()),
+            of_out,
+            ctypes.c_void_p(out.data_ptr()),
+            of_out,
             ctypes.byref(self.proposal.algorithm),
             ctypes.c_void_p(room.data_ptr() if room is not None else None),
             ctypes.c_size_t(nbytes),

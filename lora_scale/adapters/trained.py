@@ -28,7 +28,7 @@ class BiasedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.bias is not None
-        return FrozenMatmul.apply(input, self.weight, None, False) + self.share * self.bias.to(input.dtype)
+        return FrozenMatmul.apply(input, self.weight, None, False, None) + self.share * self.bias.to(input.dtype)
 
 
 class BiasedConv1D(nn.Module):
@@ -39,7 +39,7 @@ class BiasedConv1D(nn.Module):
     share = 1.0  # of the bias that this rank adds
 
     def forward(self, x: Tensor) -> Tensor:
-        return FrozenMatmul.apply(x, self.weight, None, True) + self.share * self.bias.to(x.dtype)
+        return FrozenMatmul.apply(x, self.weight, None, True, None) + self.share * self.bias.to(x.dtype)
 
 
 class BiasedLayerNorm(nn.LayerNorm):

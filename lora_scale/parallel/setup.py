@@ -16,11 +16,10 @@ from lora_scale.adapters.dropout import DropoutContext
 from lora_scale.adapters.frozen import freeze_linears
 from lora_scale.adapters.lean import make_lean
 from lora_scale.adapters.lora import adapt, adapted_layers
-from lora_scale.adapters.marks import share_inputs
 from lora_scale.adapters.targets import fused_notes
 from lora_scale.parallel import (
-    entrance,
     flat,
+    flow,
     load,
     masters,
     offload,
@@ -197,11 +196,9 @@ def start_engine(
     cuts, note = on_every_rank(lambda: cut(cfg, model, folder, grid))
     if note:
         screen.line(f"note     {note}")
-    if cfg.kernels == "auto":
-        share_inputs(model)
     recompute.apply(model, cfg.recompute)
     layers = recompute.decoder_layers(model)
-    entrance.open_inputs(model, cfg, layers)
+    flow.arrange(model, cfg, layers)
     offload.apply(layers, cfg, world.device)
     config = ds_config(
         cfg,
