@@ -8,7 +8,7 @@ backward wants it (`marks.Origin`).
 import importlib.util
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ OFFSETS = {  # what a family's norms add to their weight; families that are not 
     **dict.fromkeys(("gemma2", "gemma3_text"), 1.0),
 }
 SUMMED = ("llama", "mistral", "qwen2", "qwen3")  # layers of two norms, attention and an MLP, and no more
+SUMMING = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}  # all that such a layer has
 ROTATED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")  # Liger's rotation is theirs
 
 
@@ -43,15 +44,17 @@ class _RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dim. offset 1 is Gemma's, which rounds last."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, eps: float, offset: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, eps: float, offset: float) -> tuple[Tensor, Tensor]:
         y, rstd = _normed(x, weight, eps, offset)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rstd)
         ctx.save_for_backward(x, rstd)
         ctx.weight, ctx.offset = weight, offset  # the Parameter itself: ZeRO-3 gathers it anew for backward
-        return y
+        return y, rstd
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, rstd), weight = grads, ctx.saved_tensors, ctx.weight
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (dy, _), (x, rstd), weight = grads, ctx.saved_tensors, ctx.weight
         trains = ctx.needs_input_grad[1]
         if kernels := _kernels(dy):
             size, warps = _settings(x.shape[-1])
@@ -70,25 +73,27 @@ class _RMSNormOfSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, other: Tensor | None, weight: nn.Parameter, eps: float, offset: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.weight, ctx.offset, ctx.is_sum = weight, offset, other is not None
         if other is None:
             y, rstd = _normed(x, weight, eps, offset)
+            ctx.mark_non_differentiable(rstd)
             ctx.save_for_backward(x, rstd)
-            return y, x.view_as(x)
+            return y, x.view_as(x), rstd
         if kernels := _kernels(x):
             more = (weight.data, eps, offset, _mode(offset))
             y, total, rstd, *_ = kernels.fused_add_rms_norm_forward(x.contiguous(), other.contiguous(), *more)
         else:
             total = other + x
             y, rstd = _normed(total, weight, eps, offset)
+        ctx.mark_non_differentiable(rstd)
         ctx.save_for_backward(total, rstd)
-        return y, total
+        return y, total, rstd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy, dtotal), (total, rstd), weight = grads, ctx.saved_tensors, ctx.weight
+        (dy, dtotal, _), (total, rstd), weight = grads, ctx.saved_tensors, ctx.weight
         if dy is None:  # who reads the norm wants no gradient of it
             return dtotal, dtotal if ctx.is_sum else None, None, None, None
         assert dtotal is not None  # what comes after the norm is added to the sum
@@ -127,6 +132,12 @@ def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tenso
     return weight * (wide * rstd).to(x.dtype), rstd
 
 
+def _product_with_normed(weight: Tensor, offset: float, narrow: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """narrow^T times the norm of x, which is x but for a factor a row and one a column; fp32."""
+    scaled = (narrow * rstd.view(-1, 1)).to(x.dtype)
+    return (scaled.t() @ x.reshape(len(narrow), -1)) * (weight.float() + offset)
+
+
 def _mode(offset: float) -> int:
     """Where Liger rounds to the working precision: before the weight (0, Llama), or after it (1, Gemma)."""
     return 1 if offset else 0
@@ -149,11 +160,13 @@ class LeanRMSNorm(nn.Module):
         """The norm; `with_sum` that of `hidden_states` + `other`, and the sum."""
         eps, offset = float(getattr(self, "variance_epsilon", 0.0) or self.eps), self.offset  # type: ignore[arg-type]
         if with_sum:
-            y, x = _RMSNormOfSum.apply(hidden_states, other, self.weight, eps, offset)
+            y, x, rstd = _RMSNormOfSum.apply(hidden_states, other, self.weight, eps, offset)
         else:
-            y, x = _RMSNorm.apply(hidden_states, self.weight, eps, offset), hidden_states
+            (y, rstd), x = _RMSNorm.apply(hidden_states, self.weight, eps, offset), hidden_states
         if torch.is_grad_enabled():
-            y = marks.with_origin(y, marks.Origin(lambda x: _normed(x, self.weight, eps, offset)[0], (x.detach(),)))
+            kept, product = (x.detach(), rstd), partial(_product_with_normed, self.weight, offset)
+            made = marks.Origin(lambda x, _: _normed(x, self.weight, eps, offset)[0], kept, product=product)
+            y = marks.with_origin(y, made)
         return (y, x) if with_sum else y
 
 
@@ -265,7 +278,7 @@ def make_lean(model: nn.Module) -> int:
             count += 1
     if model_type in SUMMED:
         for module in model.modules():
-            if dict(module.named_children()).keys() == LeanLayer.__annotations__.keys():
+            if dict(module.named_children()).keys() == SUMMING:
                 module.__class__ = _summed(type(module))  # type: ignore[arg-type]
     if model_type in ROTATED and torch.cuda.is_available() and _liger():
         vars(sys.modules[type(model).__module__])["apply_rotary_pos_emb"] = _rotated

@@ -3,8 +3,8 @@ gradients of its readers are added up, and what it still waits for. The marks ar
 from the tensor has none.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ FEW = 4  # a matrix with so many times fewer rows than columns waits for the one
 class Origin:
     """How a tensor comes to be again: `make(*kept)`.
 
+    `product`: `product(narrow, *kept)` is narrow^T times it, for `narrow` (tokens, r), without making it.
     `share`: `make` gives this rank's tokens only; a gradient of all tokens, of which this rank has a part, must go
     through it to be summed over the ranks and cut to them. It begins that, and gives what waits for the end.
     """
@@ -27,6 +28,7 @@ class Origin:
     make: Callable[..., Tensor]
     kept: tuple[Tensor, ...]
     share: Callable[[Tensor], Callable[[], Tensor]] | None = None
+    product: Callable[..., Tensor] | None = None
 
 
 def origin(x: Tensor) -> Origin:
@@ -48,7 +50,7 @@ def same(y: Tensor, x: Tensor) -> Tensor:
 def gathered(y: Tensor, x: Tensor, share: Callable[[Tensor], Callable[[], Tensor]]) -> Tensor:
     """`y` is all ranks' `x` side by side along the tokens."""
     own = origin(x)
-    return with_origin(y, Origin(own.make, own.kept, share))
+    return with_origin(y, replace(own, share=share))
 
 
 class Sum:
@@ -63,13 +65,6 @@ class Sum:
         self._readers = self._added = 0
         self._held: list[tuple[Tensor, Tensor]] = []
         self._beside: list[tuple[Tensor, Tensor]] = []  # held back too, in the order of memory
-        self._made: tuple[Callable[..., Tensor], Tensor] | None = None
-
-    def made(self, make: Callable[..., Tensor], kept: Sequence[Tensor]) -> Tensor:
-        """`make(*kept)`: what adapters read, made again for the first of them and there until the last."""
-        if self._made is None or self._made[0] is not make:
-            self._made = make, make(*kept)
-        return self._made[1]
 
     def expect(self) -> None:
         """One more reader will add its part."""
@@ -118,7 +113,6 @@ class Sum:
 
     def take(self) -> Tensor | None:
         self.add_held()
-        self._made = None
         total, self.total = self.total, None
         return total
 

@@ -1,5 +1,6 @@
 """The adapter's part of a layer as one operation: y + scaling * B A x, added into y by the product itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class _Update(torch.autograd.Function):
         ctx.mark_dirty(y)
         ctx.save_for_backward(narrow, *made.kept)
         ctx.factors = lora_a, lora_b  # the Parameters themselves: ZeRO-3 gathers them anew for backward
-        ctx.scaling, ctx.make, ctx.share, ctx.sum = scaling, made.make, made.share, marks.sum_of(x)
+        ctx.scaling, ctx.made, ctx.sum = scaling, replace(made, kept=()), marks.sum_of(x)
         return y
 
     @staticmethod
@@ -31,8 +32,8 @@ class _Update(torch.autograd.Function):
         dx = da = db = shared = None
         if needs_x or needs_a:
             dnarrow = (flat @ lora_b.data.to(dy.dtype)) * ctx.scaling
-            if needs_a and ctx.share is not None:  # on its way while the other products run
-                shared = ctx.share(dnarrow.view(*dy.shape[:-1], -1))
+            if needs_a and ctx.made.share is not None:  # on its way while the other products run
+                shared = ctx.made.share(dnarrow.view(*dy.shape[:-1], -1))
             if needs_x and ctx.sum is not None:
                 ctx.sum.add(dnarrow, lora_a.data.to(dy.dtype))
             elif needs_x:
@@ -40,9 +41,9 @@ class _Update(torch.autograd.Function):
         if needs_b:
             db = (flat.t() @ narrow).to(lora_b.dtype) * ctx.scaling
         if needs_a:
-            x = _flat(ctx.make(*kept) if ctx.sum is None else ctx.sum.made(ctx.make, kept))
             own = dnarrow if shared is None else _flat(shared())
-            da = (own.t() @ x).to(lora_a.dtype)
+            product = ctx.made.product or (lambda own, *kept: own.t() @ _flat(ctx.made.make(*kept)))
+            da = product(own, *kept).to(lora_a.dtype)
         return dy, dx, da, db, None, None
 
 

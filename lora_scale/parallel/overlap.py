@@ -81,7 +81,6 @@ class _Sent(marks.Sum):
     def own(self) -> Tensor | None:
         """This rank's tokens of the gradient, (tokens, features); None where no reader gave any."""
         self.add_held()
-        self._made = None
         summing, self._summing = self._summing, None
         if summing is None:
             return None
