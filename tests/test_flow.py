@@ -94,8 +94,8 @@ def test_a_layer_that_reads_its_own_product_adds_nothing(lora: dict[str, Any]) -
 
 
 def test_the_first_layers_attention_has_no_gradient_for_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of all matrices of the backward pass, in how many products ever: without the first layer's q, k and v and what
-    their adapters add. Not where something trains before it."""
+    """Rows of all matrices of the backward pass, in how many products ever: without the first layer's q, k and v and
+    what their adapters add. Not where something trains before it."""
 
     def rows(**lora: Any) -> int:
         seen: list[int] = []
