@@ -245,7 +245,11 @@ GATES: tuple[Gate, ...] = (
     _cost_of_sharding("22b-1gpu-all", "22b-2gpu-zero3-all", "full recompute"),
     _ratio(2, "slice-34.0b, full recompute, over PEFT+ZeRO-3+Liger", 1.20, "34b-zero3-all", "34b-peft-zero3-liger-all"),
     _ratio(2, "slice-34.0b, no recompute, over PEFT+ZeRO-3+Liger", 1.18, "34b-zero3-documents", "34b-peft-zero3-liger"),
-    _over(3, "slice-22.9b, one GPU, no recompute: TFLOP/s", "tflops_4n", 620.0, "22b-1gpu-documents"),
+    _over(
+        3, "slice-22.9b, one GPU, no recompute, 4 blocks a pass: TFLOP/s", "tflops_4n", 620.0, "22b-1gpu-documents-4"
+    ),
+    _ratio(3, "the same over PEFT+Liger with 1 block a pass", None, "22b-1gpu-documents-4", "22b-1gpu-peft-liger"),
+    _ratio(3, "1 block a pass on both sides", None, "22b-1gpu-documents", "22b-1gpu-peft-liger"),
     _ratio(4, "llama-7.2b, one GPU, no recompute, over PEFT alone", 1.15, "7b-1gpu-documents", "7b-1gpu-peft"),
     Gate(
         4,
