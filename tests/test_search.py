@@ -109,6 +109,20 @@ MEASURED: dict[str, tuple[str, int, dict[str, Any]]] = {  # record, run: shape, 
     "bench-1gpu-begun, 7b-1gpu-documents": (
         "llama-7.2b", 1, {"micro": 2, "recompute": "none", "parallel": {"zero_stage": 0}},
     ),
+    "bench-100b-products, 100b-tp2-documents": ("llama-100.7b", 2, {"recompute": "none", "parallel": TP2}),
+    "bench-products, 22b-2gpu-zero3-documents": ("slice-22.9b", 2, {"recompute": "none"}),
+    "bench-products, 22b-1gpu-documents-4": (
+        "slice-22.9b", 1, {"micro": 4, "recompute": "none", "parallel": {"zero_stage": 0}},
+    ),
+    "bench-products, 7b-1gpu-documents": (
+        "llama-7.2b", 1, {"micro": 2, "recompute": "none", "parallel": {"zero_stage": 0}},
+    ),
+    "bench-vocabulary, 8b-1gpu-documents": (
+        "llama-3.1-8b", 1, {"micro": 2, "recompute": "none", "parallel": {"zero_stage": 0}},
+    ),
+    "bench-vocabulary, 8b-1gpu-all": (
+        "llama-3.1-8b", 1, {"micro": 2, "recompute": "all", "parallel": {"zero_stage": 0}},
+    ),
     "bench-lora-full, 7b-2gpu-lora": ("llama-7.2b", 2, {"micro": 2, "recompute": "none"}),
 }  # fmt: skip
 
