@@ -70,7 +70,7 @@ def _computing(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, part
     tokens = cfg.train.micro_batch_size * cfg.data.seq_len
     share = recomputed_layers(cfg, len(parts.layers)) / max(1, len(parts.layers))
     peak = gpu.peak_tflops * 1e12
-    recompute = 2 * cost.computing(model) * share
+    recompute = 2 * (cost.computing(model) - model.vocabulary * model.hidden) * share  # the output layer is none of them
     attention = cost.attention_flops_per_token(model, cfg.data.seq_len / 2)
     moved = _kept(model, cfg, grid, work, parts) * TRAFFIC[cfg.kernels]
     return Seconds(

@@ -248,8 +248,7 @@ GATES: tuple[Gate, ...] = (
     _over(
         3, "slice-22.9b, one GPU, no recompute, 4 blocks a pass: TFLOP/s", "tflops_4n", 620.0, "22b-1gpu-documents-4"
     ),
-    _ratio(3, "the same over PEFT+Liger with 1 block a pass", None, "22b-1gpu-documents-4", "22b-1gpu-peft-liger"),
-    _ratio(3, "1 block a pass on both sides", None, "22b-1gpu-documents", "22b-1gpu-peft-liger"),
+    _ratio(3, "1 block a pass, over PEFT+Liger", None, "22b-1gpu-documents", "22b-1gpu-peft-liger"),
     _ratio(4, "llama-7.2b, one GPU, no recompute, over PEFT alone", 1.15, "7b-1gpu-documents", "7b-1gpu-peft"),
     Gate(
         4,
