@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from lora_scale.commands.plan import command
-from lora_scale.spec import configfile, named, planning, search, speed
+from lora_scale.spec import configfile, cost, named, planning, search, speed
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.hardware import GPUS
 from lora_scale.spec.memory import GIB, Work
@@ -167,7 +167,13 @@ def test_what_costs_time() -> None:
         parts = (asked.model, asked.cfg, asked.grid, asked.work, asked.parts)
         return speed.seconds_of_pass(*parts, H200, gpus_per_node)
 
-    assert seconds(8, recompute="all").matrix == pytest.approx(1.5 * seconds(8, recompute="none").matrix)
+    n, output, down = cost.computing(architecture(named.shape("llama-3.1-70b"))), 128256 * 8192, 80 * 28672 * 8192
+    again = (4 * n + 2 * (n - output - down)) / (4 * n)
+    assert seconds(8, recompute="all").matrix == pytest.approx(again * seconds(8, recompute="none").matrix)
+    by_all = {"lora": {"target_modules": ["all-linear"]}}
+    again = (4 * n + 2 * (n - output)) / (4 * n)
+    ratio = seconds(8, recompute="all", **by_all).matrix / seconds(8, recompute="none", **by_all).matrix
+    assert ratio == pytest.approx(again), "the last product is kept for"
     by_deepspeed = {"parallel": {"base_engine": "deepspeed"}}
     assert seconds(16, **by_deepspeed).gathers > 4 * seconds(8, **by_deepspeed).gathers > 0, "between nodes"
     assert seconds(8).gathers == 0 < seconds(16).gathers < seconds(16, **by_deepspeed).gathers, "what hides"

@@ -70,7 +70,7 @@ def _computing(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, part
     tokens = cfg.train.micro_batch_size * cfg.data.seq_len
     share = recomputed_layers(cfg, len(parts.layers)) / max(1, len(parts.layers))
     peak = gpu.peak_tflops * 1e12
-    recompute = 2 * (cost.computing(model) - model.vocabulary * model.hidden) * share  # the output layer is none of them
+    recompute = 2 * _computing_again(model, cfg, parts) * share
     attention = cost.attention_flops_per_token(model, cfg.data.seq_len / 2)
     moved = _kept(model, cfg, grid, work, parts) * TRAFFIC[cfg.kernels]
     return Seconds(
@@ -78,6 +78,17 @@ def _computing(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, part
         attention=tokens * attention * (1 + FORWARD * share) / grid.tp / (ATTENTION * peak),
         traffic=moved * (1 + FORWARD * share) / gpu.memory_bandwidth,
     )
+
+
+def _computing_again(model: Architecture, cfg: RunConfig, parts: Parts) -> int:
+    """The parameters that recompute of all layers multiplies a token with. The output layer's are none of them; nor are
+    those of a layer's last product where they are frozen and no adapter reads its input: torch stops where all that was
+    kept is there again."""
+    n = cost.computing(model) - model.vocabulary * model.hidden
+    if cfg.method == "full":
+        return n
+    last = (x for x in parts.layers if not x.shape.routed and all(source != "down" for source, *_ in x.adapted))
+    return n - sum(layer.shape.inner * layer.shape.hidden for layer in last)
 
 
 def _kept(model: Architecture, cfg: RunConfig, grid: Grid, work: Work, parts: Parts) -> float:
