@@ -29,6 +29,8 @@ def test_elsewhere_they_are_torchs(dtype: torch.dtype) -> None:
     assert products.mm(a, b, out) is out and torch.equal(out, a @ b) and torch.equal(products.mm(a, b), a @ b)
     products.add_mm(out, a, b)
     assert torch.equal(out, torch.addmm(a @ b, a, b))
+    c = torch.randn(6, 10, dtype=dtype)
+    assert torch.equal(products.sum_mm(c, a, b), torch.addmm(c, a, b))
 
 
 @pytest.mark.gpu
@@ -49,6 +51,8 @@ def test_the_same_bits(m: int, n: int, k: int, is_transposed: bool) -> None:
     assert torch.equal(found, theirs)
     products.add_mm(found, a, b)
     assert torch.equal(found, theirs.addmm_(a, b))
+    kept = found.clone()
+    assert torch.equal(products.sum_mm(found, a, b), torch.addmm(found, a, b)) and torch.equal(found, kept)
 
 
 @pytest.mark.gpu
