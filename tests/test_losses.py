@@ -87,7 +87,7 @@ def test_no_target_at_all() -> None:
 )
 def test_chunks_are_even_and_bounded(tokens: int, words: int, width: int) -> None:
     size = output.chunk(tokens, words, width)
-    assert 0 < size <= tokens and (size == tokens or size % output.EVEN == 0)
+    assert output.chunk(0, words, width) == 0 < size <= tokens and (size == tokens or size % output.EVEN == 0)
     assert size <= output.EVEN or size * words * output.bytes_of_a_word(width) <= output.LARGEST
 
 

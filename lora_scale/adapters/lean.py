@@ -2,7 +2,7 @@
 Liger's kernels; elsewhere they are the same arithmetic in torch, so that what is kept, and tested, is the same.
 
 A norm keeps its input and a number a row, SwiGLU its two factors, dropout nothing: what they gave is made again when
-backward wants it (`marks.Origin`).
+backward wants it, or multiplied with without being made (`marks.Origin`).
 """
 
 import importlib.util

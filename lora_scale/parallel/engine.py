@@ -197,12 +197,11 @@ class Engine:
         if kept is not None and self._can_leave_out:
             kept_here = _to(kept, self.world.device)
             options, labels = {"logits_to_keep": kept_here}, labels[:, kept_here]
+        options |= {"input_ids": ids, "position_ids": places, "use_cache": False}
         if self._head is not None:
             self._head.labels = labels.flatten()
-        logits = self.ds(input_ids=ids, position_ids=places, use_cache=False, **options).logits
-        if self._head is not None:
-            return logits  # the loss
-        logits = logits.flatten(0, 1)
+            return self.ds(**options).logits  # the loss
+        logits = self.ds(**options).logits.flatten(0, 1)
         if self.grid.tp_size > 1:
             first, _ = self._vocabulary.span(self.grid.tp_rank, self.grid.tp_size)
             return vocabulary.cross_entropy(logits, labels.flatten(), first, self.grid.tp_group)

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_scale.adapters import products
 from lora_scale.adapters.frozen import FrozenLinear
-from lora_scale.parallel.clock import exposed
 from lora_scale.parallel.grid import Grid
-from lora_scale.parallel.vocabulary import IGNORED, own_words
+from lora_scale.parallel.vocabulary import IGNORED, exponentials
 from lora_scale.spec import output
 from lora_scale.spec.config import RunConfig
 from lora_scale.spec.splits import Part
@@ -112,19 +110,11 @@ def _whole(logits: Tensor, labels: Tensor) -> tuple[Tensor, Callable[[], Tensor]
 
 
 def _of_part(logits: Tensor, labels: Tensor, cut: Cut) -> tuple[Tensor, Callable[[], Tensor]]:
-    """The same of one rank's words. Two collectives: the rows' maxima; then, in one sum, their sums of exponentials and
-    their labels' logits."""
-    wide = logits.to(torch.float32, copy=True)
-    largest = wide.amax(-1)
-    with exposed(logits.device):
-        dist.all_reduce(largest, dist.ReduceOp.MAX, cut.group)
-    own, here = own_words(labels, cut.first, wide.shape[-1])
-    of_label = wide.sub_(largest[:, None]).gather(-1, own[:, None])[:, 0].masked_fill(~here, 0.0)
-    sums = torch.stack([wide.exp_().sum(-1), of_label])
-    with exposed(logits.device):
-        dist.all_reduce(sums, group=cut.group)
+    """The same of one rank's words."""
+    rows = exponentials(logits, labels, cut.first, cut.group)
 
     def gradient() -> Tensor:
-        return wide.div_(sums[0][:, None]).scatter_add_(-1, own[:, None], -here[:, None].to(wide.dtype))
+        missing = -rows.here[:, None].to(rows.wide.dtype)
+        return rows.wide.div_(rows.sums[:, None]).scatter_add_(-1, rows.own[:, None], missing)
 
-    return sums[0].log() - sums[1], gradient
+    return rows.sums.log() - rows.of_label, gradient

@@ -1,6 +1,7 @@
 """Logits that are cut along the vocabulary over a group. For their cross-entropy no rank ever holds a whole row of
 them; for generation, which asks for one position at a time, each gets it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,26 +16,15 @@ IGNORED = -100  # a label that carries no loss, as in torch and transformers
 
 
 class _CutCrossEntropy(torch.autograd.Function):
-    """Two collectives: the rows' maxima; then, in one sum, their sums of exponentials and their labels' logits.
-
-    Kept for backward are the logits as they came and two numbers a row; the exponentials are computed again.
-    """
+    """Kept for backward are the logits as they came and two numbers a row; the exponentials are computed again."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: Any) -> Tensor:
-        wide = logits.float()
-        largest = wide.amax(-1)
-        with exposed(logits.device):
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        own, here = own_words(labels, first, logits.shape[-1])
-        wide = wide - largest[:, None]
-        sums = torch.stack([wide.exp().sum(-1), wide.gather(-1, own[:, None])[:, 0].masked_fill(~here, 0.0)])
-        with exposed(logits.device):
-            dist.all_reduce(sums, group=group)
-        normaliser = sums[0].log()
+        rows = exponentials(logits, labels, first, group)
+        normaliser = rows.sums.log()
         counted = labels != IGNORED
-        ctx.save_for_backward(logits, largest + normaliser, own, here & counted, counted)
-        return (normaliser - sums[1]).masked_fill(~counted, 0.0).sum()
+        ctx.save_for_backward(logits, rows.largest + normaliser, rows.own, rows.here & counted, counted)
+        return (normaliser - rows.of_label).masked_fill(~counted, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -45,11 +35,32 @@ class _CutCrossEntropy(torch.autograd.Function):
         return gradient.mul_(grads[0]).to(logits.dtype), None, None, None
 
 
-def own_words(labels: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
-    """Labels counted from `first` on, 0 for those that are not among so many words; and which are."""
+@dataclass(frozen=True, slots=True)
+class Exponentials:
+    """Of rows of logits that are cut, in fp32; what is a number a row is the same on every rank."""
+
+    wide: Tensor  # exp(logit - largest) of this rank's words
+    largest: Tensor  # of the whole row
+    sums: Tensor  # of the whole row's exponentials
+    of_label: Tensor  # the label's logit - largest
+    own: Tensor  # labels counted from this rank's first word on, 0 where they are not here
+    here: Tensor
+
+
+def exponentials(logits: Tensor, labels: Tensor, first: int, group: Any) -> Exponentials:
+    """Two collectives: the rows' maxima; then, in one sum, their sums of exponentials and their labels' logits."""
+    wide = logits.to(torch.float32, copy=True)
+    largest = wide.amax(-1)
+    with exposed(logits.device):
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     own = labels - first
-    here = (own >= 0) & (own < words)
-    return own.masked_fill(~here, 0), here
+    here = (own >= 0) & (own < logits.shape[-1])
+    own = own.masked_fill(~here, 0)
+    of_label = wide.sub_(largest[:, None]).gather(-1, own[:, None])[:, 0].masked_fill(~here, 0.0)
+    sums = torch.stack([wide.exp_().sum(-1), of_label])
+    with exposed(logits.device):
+        dist.all_reduce(sums, group=group)
+    return Exponentials(wide, largest, sums[0], sums[1], own, here)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, first: int, group: Any) -> Tensor:

@@ -31,7 +31,7 @@ def in_chunks(model_type: str, is_tied: bool, cfg: RunConfig, softcap: float | N
 def chunk(tokens: int, words: int, width: int) -> int:
     """Tokens of a chunk, for so many words of this rank's vocabulary and so many bytes an element."""
     most = max(1, LARGEST // (words * bytes_of_a_word(width)) // EVEN) * EVEN
-    share = ceil(tokens / ceil(tokens / most))
+    share = ceil(tokens / max(1, ceil(tokens / most)))
     return min(tokens, ceil(share / EVEN) * EVEN)
 
 
